@@ -1,7 +1,5 @@
 """Shows that the tests can fail: breaks the code one line at a time and expects a red test.
 
-    python tests/red.py [-j WORKERS] [PATTERN]      PATTERN is a part of tests/test_x.py::test_name
-
 A test's docstring names the mutations it must notice, each at the end of a line, as in
     Red: losses.py:uft: `before` -> `after`
 with FILE:FUNCTION, FILE:Class.method, or FILE alone; `before` occurs exactly once in that piece of
@@ -28,29 +26,25 @@ def tests(pattern: str) -> dict[str, list[str]]:
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text("utf-8")).body:
             name = f"{path.relative_to(ROOT).as_posix()}::{getattr(node, 'name', '')}"
-            skip = "/peers/" in name and "peers" not in pattern
-            if "::test_" in name and pattern in name and not skip:
-                lines = (ast.get_docstring(node) or "").splitlines()
-                found[name] = [line[line.find("Red:"):] for line in lines if "Red:" in line]
+            wanted = pattern in name and ("/peers/" not in name or "peers" in pattern)
+            if "::test_" in name and wanted:
+                found[name] = re.findall(r"Red:.*", ast.get_docstring(node) or "")
     return found
 
 
 def mutate(source: str, scope: str | None, before: str, after: str) -> str:
     """`source` with `before` replaced inside `scope`, a dotted name or None for all of it."""
-    lines, node, first, last = source.splitlines(keepends=True), ast.parse(source), 0, None
+    node, piece = ast.parse(source), source
     for part in scope.split(".") if scope else ():
-        node = next((n for n in node.body if getattr(n, "name", "") == part), None)
-        if node is None:
-            raise ValueError(f"there is no {scope}")
-        first, last = node.lineno - 1, node.end_lineno
-    piece, rest = "".join(lines[first:last]), [] if last is None else lines[last:]
+        node = {n.name: n for n in node.body if hasattr(n, "name")}[part]
+        piece = ast.get_source_segment(source, node)
     if piece.count(before) != 1:
         raise ValueError(f"{before!r} occurs {piece.count(before)} times")
-    return "".join([*lines[:first], piece.replace(before, after), *rest])
+    return source.replace(piece, piece.replace(before, after), 1)
 
 
 def pytest(folder: Path, *names: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *names]
+    command = [sys.executable, "-Bm", "pytest", "-xqp", "no:cacheprovider", *names]
     return subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=600)
 
@@ -67,14 +61,14 @@ def verdict(name: str, line: str) -> str:
             path = Path(folder, match[1])
             path.write_text(mutate(path.read_text("utf-8"), *match.groups()[1:]), "utf-8")
             code = pytest(Path(folder), name).returncode
-        except (ValueError, OSError, subprocess.TimeoutExpired) as error:
-            return f"wrong: {error}"
+        except (KeyError, ValueError, OSError, subprocess.TimeoutExpired) as error:
+            return f"wrong: {error!r}"
     return {0: "green", 1: "red"}.get(code, f"wrong: pytest ended with {code}, the test never ran")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("pattern", nargs="?", default="", help="part of tests/test_x.py::test_name")
+    parser.add_argument("pattern", nargs="?", default="", help="a part of tests/FILE.py::NAME")
     parser.add_argument("-j", dest="workers", type=int, default=2, help="mutations at a time")
     args = parser.parse_args()
     found, verdicts = tests(args.pattern), []
@@ -85,7 +79,8 @@ def main() -> None:
         for (name, line), result in zip(todo, pool.map(lambda t: verdict(*t), todo), strict=True):
             print(f"{result:5}  {name}  {line}", flush=True)
             verdicts.append(result)
-    print(*(f"no mutation named: {name}" for name in found if not found[name]), sep="\n")
+    for name in (name for name in found if not found[name]):
+        print(f"no mutation named: {name}")
     red, green = verdicts.count("red"), verdicts.count("green")
     print(f"{len(verdicts) - red - green} wrong, {red} red, {green} green")
     sys.exit(red < len(verdicts))
