@@ -1,0 +1,237 @@
+"""What log-probs and their gradients promise, in float64 where algebra is exact."""
+import itertools
+import math
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lora
+import model
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+FAMILIES = {
+    "mistral": {"model_type": "mistral"},
+    "windowed": {"model_type": "mistral", "sliding_window": 3},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 2,
+              "max_window_layers": 1},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "llama": {"model_type": "llama", "rope_parameters": LLAMA3},
+}
+every_family = pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES.keys())
+
+
+def sums(net: model.Transformer, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return net.response_logps(ids, mask)[0].sum(-1)
+
+
+def adapted(dtype: torch.dtype, dropout: float = 0.0, **changes) -> model.Transformer:
+    """A tiny model in training mode whose adapters already do something."""
+    net = tiny.transformer(dtype=dtype, **changes)
+    lora.inject(net, 4, 8, dropout=dropout, generator=torch.Generator().manual_seed(1))
+    for i, layer in enumerate(lora.adapters(net).values()):
+        noise = torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(i))
+        layer.lora_B.data.copy_(0.1 * noise)
+    return net.train()
+
+
+@every_family
+def test_right_padding_never_changes_logps(changes):
+    """Every row alone, and behind five more columns of junk, has the logps it has in its batch.
+
+    Red: model.py:Attention.forward: `mask is None and len(x_BTD[0]) > 1` -> `False`
+    """
+    net, (ids, mask) = tiny.transformer(**changes), tiny.batch()
+    together, rows = sums(net, ids, mask), range(len(ids))
+    wide, width = F.pad(ids, (0, 5), value=7), [int(m.nonzero().max()) + 1 for m in mask]
+    alone = [sums(net, ids[i:i + 1, :width[i]], mask[i:i + 1, :width[i]]) for i in rows]
+    torch.testing.assert_close(sums(net, wide, F.pad(mask, (0, 5))), together, rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.cat(alone), together, rtol=0, atol=1e-10)
+
+
+@every_family
+def test_batch_composition_and_row_order_never_change_logps(changes):
+    """A permuted batch has permuted logps, and a row does not know its neighbours.
+
+    Red: model.py:RMSNorm.forward: `.mean(-1, keepdim=True)` -> `.mean((0, -1), keepdim=True)`
+    """
+    net, (ids, mask) = tiny.transformer(**changes), tiny.batch()
+    together, order = sums(net, ids, mask), torch.tensor([2, 0, 1])
+    torch.testing.assert_close(sums(net, ids[order], mask[order]), together[order],
+                               rtol=0, atol=1e-10)
+    torch.testing.assert_close(sums(net, ids[1:], mask[1:]), together[1:], rtol=0, atol=1e-10)
+
+
+@every_family
+def test_no_position_sees_a_later_one(changes):
+    """Another token at t moves the hidden state at t and none before it.
+
+    Red: model.py:attention_mask: `(key <= query)` -> `(key <= query + 1)`
+    """
+    net, ids = tiny.transformer(**changes), tiny.batch(((2, 8),))[0]
+    before = net(ids)
+    for t in range(1, ids.shape[1]):
+        other = ids.clone()
+        other[0, t] = 3 + (ids[0, t] - 2) % (tiny.V - 3)
+        after = net(other)
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-12)
+        assert (after[:, t] - before[:, t]).abs().max() > 1e-3
+
+
+@every_family
+def test_checkpointing_changes_no_gradient(changes):
+    """With dropout on and one seed the adapters' gradients are equal bit for bit.
+
+    Red: model.py:Transformer.forward: `=False)` -> `=False, preserve_rng_state=False)`
+    """
+    net, (ids, mask) = adapted(torch.float32, dropout=0.3, **changes), tiny.batch()
+    wanted = [p for p in net.parameters() if p.requires_grad]
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        total = net.response_logps(ids, mask, checkpointing)[0].sum()
+        gradients.append(torch.autograd.grad(total, wanted))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(g.abs().max() > 0 for g in gradients[0])
+
+
+@every_family
+def test_logps_are_minus_the_cross_entropy_of_the_full_logits(changes):
+    """sum of log pi(y_t | x, y_<t) == -cross_entropy(logits[:-1], labels[1:], sum).
+
+    Red: model.py:Transformer.response_logps: `position - 1` -> `position`
+    """
+    net, (ids, mask) = tiny.transformer(**changes), tiny.batch()
+    labels = ids.where(mask, -100)[:, 1:]
+    logits = net.logits(net(ids))[:, :-1]
+    want = -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(sums(net, ids, mask).sum(), want, rtol=0, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that any result with `columns` columns had."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.numel = columns, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.dim() and t.shape[-1] == self.columns:
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+def test_the_head_never_builds_the_logits_of_all_positions(monkeypatch):
+    """Forward and backward together: 17 rows of logits at a time, of 29 to score.
+
+    Red: model.py: `HEAD_CHUNK), target_N.split(HEAD_CHUNK)` -> `99), target_N.split(99)`
+    """
+    monkeypatch.setattr(model, "HEAD_CHUNK", 17)
+    net, (ids, mask) = adapted(torch.float64, vocab_size=211), tiny.batch(((3, 20), (2, 9)))
+    with Largest(211) as largest:
+        net.response_logps(ids, mask, checkpointing=True)[0].sum().backward()
+    assert largest.numel == 17 * 211  # the head itself has 16 * 211
+
+
+def test_no_logits_wait_for_the_backward_pass():
+    """Of everything autograd keeps, only the head's own weight has V columns or rows.
+
+    Red: model.py: `[checkpoint(` -> `[(lambda f, *a, **_: f(*a))(`
+    """
+    net, (ids, mask) = adapted(torch.float64, vocab_size=211), tiny.batch()
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, id):
+        net.response_logps(ids, mask)
+    assert shapes and not [s for s in shapes if 211 in s and tiny.D not in s]
+
+
+def test_the_chunk_size_changes_neither_logps_nor_gradients(monkeypatch):
+    """One position at a time, five, or all at once.
+
+    Red: model.py: `for h, t in chunks]` -> `for h, t in reversed(list(chunks))]`
+    """
+    net, (ids, mask) = adapted(torch.float64), tiny.batch()
+    wanted, seen = [p for p in net.parameters() if p.requires_grad], []
+    for chunk in (1, 5, 1024):
+        monkeypatch.setattr(model, "HEAD_CHUNK", chunk)
+        logps = net.response_logps(ids, mask)[0]
+        weights = torch.arange(logps.numel()).view_as(logps)  # tells positions apart
+        seen.append([logps, *torch.autograd.grad((logps * weights).sum(), wanted)])
+    for other in seen[1:]:
+        torch.testing.assert_close(other, seen[0], rtol=0, atol=1e-10)
+
+
+@every_family
+def test_gradients_of_logps_are_those_of_the_plain_log_softmax(changes):
+    """Every parameter, head and embedding included.
+
+    Red: model.py: `self.token_logps, h, t` -> `self.token_logps, h.detach(), t`
+    """
+    net, (ids, mask) = tiny.transformer(**changes).requires_grad_(), tiny.batch()
+    names, weights = zip(*net.named_parameters(), strict=True)
+    logps = net.logits(net(ids))[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    want = torch.autograd.grad((logps * mask[:, 1:]).sum(), weights)
+    got = torch.autograd.grad(sums(net, ids, mask).sum(), weights, allow_unused=True)
+    for name, a, b in zip(names, got, want, strict=True):
+        assert a is not None and (a - b).abs().max() < 1e-11, name
+
+
+def test_probabilities_of_all_answers_sum_to_one():
+    """sum of pi(y | x) over the y that end within 4 tokens, plus the unfinished tail, is 1.
+
+    Red: model.py:Transformer.response_logps: `position - 1` -> `position`
+    """
+    net, eos, others = tiny.transformer(vocab_size=4), 2, (0, 1, 3)
+    total = 0.0
+    for length in (1, 2, 3, 4):
+        stems = list(itertools.product(others, repeat=length - 1))
+        ends = (eos,) if length < 4 else (eos, *others)
+        ids = torch.tensor([[1, 3, *stem, end] for stem in stems for end in ends])
+        mask = torch.arange(ids.shape[1]).expand_as(ids) > 1
+        total += sums(net, ids, mask).exp().sum().item()
+    assert abs(total - 1) < 1e-12
+
+
+def test_logps_are_zero_outside_the_mask_and_blind_to_text_behind_it():
+    """The row [x x x y y EOS z z]: no z and no label of an x enters the sum.
+
+    Red: model.py: `index_put((row, position)` -> `index_put((row, position - 1)`
+    """
+    net, ids = tiny.transformer(), tiny.batch(((3, 5),))[0]
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0]]).bool()
+    logps, other = net.response_logps(ids, mask)[0], ids.clone()
+    other[0, 6:] = torch.tensor([4, 2])
+    assert not logps[~mask].any() and logps[mask].all()
+    assert torch.equal(net.response_logps(other, mask)[0], logps)
+
+
+def test_a_zero_head_gives_every_token_minus_log_v():
+    """log(1/23) a token, so twice the tokens are twice the sum.
+
+    Red: model.py:Transformer.token_logps: `-F.cross_entropy` -> `F.cross_entropy`
+    """
+    net, (ids, mask) = tiny.transformer(), tiny.batch(((2, 3), (2, 6)))
+    net.lm_head.weight.zero_()
+    short, long = sums(net, ids, mask).tolist()
+    assert math.isclose(short, 3 * math.log(1 / 23)) and math.isclose(long, 2 * short)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_policy_minus_reference_is_exactly_zero_at_the_first_step(dtype):
+    """Not 1e-7: zero, whatever the weights are, and the logps are float32 at least.
+
+    Red: model.py: `torch.promote_types(hidden.dtype, torch.float32)` -> `hidden.dtype`
+    """
+    net, (ids, mask) = tiny.transformer(dtype=dtype), tiny.batch()
+    lora.inject(net.train(), 4, 8)
+    policy = net.response_logps(ids, mask, checkpointing=True)[0]
+    with torch.no_grad(), lora.disabled(net):
+        reference = net.response_logps(ids, mask)[0]
+    assert policy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert policy.requires_grad and torch.equal(policy, reference)
