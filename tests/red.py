@@ -79,8 +79,7 @@ def main() -> None:
         for (name, line), result in zip(todo, pool.map(lambda t: verdict(*t), todo), strict=True):
             print(f"{result:5}  {name}  {line}", flush=True)
             verdicts.append(result)
-    for name in (name for name in found if not found[name]):
-        print(f"no mutation named: {name}")
+    print("".join(f"no mutation named: {name}\n" for name in found if not found[name]), end="")
     red, green = verdicts.count("red"), verdicts.count("green")
     print(f"{len(verdicts) - red - green} wrong, {red} red, {green} green")
     sys.exit(red < len(verdicts))
