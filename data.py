@@ -1,0 +1,303 @@
+"""Feedback as text: rows of data files become Examples, Examples become an order to train in.
+
+A demonstration is feedback with reward 1 and a pair is two rows, chosen first: after `parse` nobody
+can tell instruction data from feedback, which is the paper's idea in one line of data (UFT 2.3).
+Every format is recognised by its columns (FORMATS). tokens.py turns the text into batches.
+"""
+import gzip
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+Messages = tuple[tuple[str, str], ...]  # (role, content); roles are system, user, assistant
+
+
+@dataclass(frozen=True)
+class Example:
+    """One response and its feedback: what a row of every format becomes."""
+
+    prompt: Messages
+    response: str
+    reward: float  # explicit feedback in [0, 1]
+    kind: str  # "sft", "chosen", "rejected" or "scored"
+    where: str  # file:line, for messages
+
+
+Unit = tuple[Example, ...]  # the one row, or the two rows, that one loss term reads
+
+
+class Skip(Exception):
+    """A row that cannot be used, with the reason: dropped, counted and listed."""
+
+
+def rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", row) of .jsonl, .json, either with .gz, or .parquet.   ValueError with line."""
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet as parquet  # large, and needed by few
+        except ImportError:
+            raise ValueError(f"{path}: reading parquet needs `pip install pyarrow`") from None
+        table = parquet.read_table(path).to_pylist()
+        yield from ((f"{path}:{i}", row) for i, row in enumerate(table, 1))
+        return
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        whole = path.name.removesuffix(".gz").endswith(".json") and file.read(1) == b"["
+        file.seek(0)
+        for number, line in enumerate([file.read()] if whole else file, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
+            except ValueError as error:
+                start = line[:80].decode("utf-8", "replace").strip()
+                raise ValueError(f"{path}:{number}: not valid JSON ({error}): {start}") from None
+            for i, row in enumerate(value if whole else [value]):
+                where = f"{path}:{number + i}" if not whole else f"{path} item {i + 1}"
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+                yield where, row
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, found {str(value)[:80]!r}")
+    return value
+
+
+def scaled(value: object, name: str, low: float, high: float) -> float:
+    """(value - low) / (high - low), a reward in [0, 1].   ValueError outside the range."""
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}, outside [{low:g}, {high:g}]; UFT needs rewards in "
+                         "[0, 1]: a `score` column on another scale needs --score_range LOW,HIGH")
+    return (value - low) / (high - low)
+
+
+def turns(value: str | list | dict, role: str) -> Messages:
+    """A text, a message or a list of messages (role/content or from/value) as Messages."""
+    if not isinstance(value, list | dict):
+        return ((role, text(value, role)),)
+    out = []
+    for m in [value] if isinstance(value, dict) else value:
+        speaker = m.get("role", m.get("from"))
+        speaker = {"human": "user", "gpt": "assistant"}.get(speaker, speaker)
+        if speaker not in ("system", "user", "assistant"):
+            raise ValueError(f"a message has the role {speaker!r}, not system, user or assistant")
+        out.append((speaker, text(m.get("content", m.get("value")), "a message's content")))
+    return tuple(out)
+
+
+def marked_turns(value: str, user: str, assistant: str) -> Messages:
+    """Turns written into one text behind marks, as HH-RLHF and HelpSteer2 do; the first is user."""
+    parts = re.split(f"({user}|{assistant})", value)
+    speakers = ["user"] + ["user" if re.fullmatch(user, p) else "assistant" for p in parts[1::2]]
+    return tuple((s, p.strip()) for s, p in zip(speakers, parts[::2], strict=True) if p.strip())
+
+
+def read_prompt(row: dict) -> Messages:
+    """The prompt of a row; an Alpaca input follows its instruction under its own heading."""
+    value = row["prompt"] if "prompt" in row else row["messages"]
+    if isinstance(value, str) and row.get("input"):
+        value += f"\n\n### Input:\n{text(row['input'], 'input')}"
+    if isinstance(value, str) and "<extra_id_1>" in value:
+        return marked_turns(value, "\n?<extra_id_1>User\n", "\n?<extra_id_1>Assistant\n")
+    return turns(value, "user")
+
+
+def response(row: dict, where: str, reward: float, kind: str) -> list[Example]:
+    *before, (_, answer) = turns(row["response"], "assistant")
+    return [Example(read_prompt(row) + tuple(before), answer, reward, kind, where)]
+
+
+def read_demonstration(row: dict, where: str) -> list[Example]:
+    return response(row, where, 1.0, "sft")
+
+
+def read_messages(row: dict, where: str) -> list[Example]:
+    """One demonstration per assistant turn, all turns before it being the prompt.   UFT 3.1"""
+    said = turns(row["messages"], "user")
+    return [Example(said[:t], content, 1.0, "sft", where)
+            for t, (role, content) in enumerate(said) if role == "assistant" and t > 0]
+
+
+def read_ultrachat(row: dict, where: str) -> list[Example]:
+    said = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(row["data"])]
+    return read_messages({"messages": said}, where)
+
+
+def read_score(row: dict, where: str) -> list[Example]:
+    return response(row, where, row["score"], "scored")
+
+
+def read_helpsteer(row: dict, where: str) -> list[Example]:
+    """r = (.65 helpfulness + .8 correctness + .45 coherence) / 7.6, attributes 0 to 4.   UNA 4.1"""
+    h, c, k = (4 * scaled(row[n], n, 0, 4) for n in ("helpfulness", "correctness", "coherence"))
+    return response(row, where, (0.65 * h + 0.8 * c + 0.45 * k) / 7.6, "scored")
+
+
+def read_label(row: dict, where: str) -> list[Example]:
+    if row["label"] not in (True, False):
+        raise ValueError(f"label must be true or false, found {row['label']!r}")
+    if "response" not in row:
+        row = {"prompt": row["messages"][:-1], "response": row["messages"][-1]}
+    return response(row, where, float(row["label"]), "chosen" if row["label"] else "rejected")
+
+
+def read_pair(row: dict, where: str) -> list[Example]:
+    """Two adjacent rows, rewards 1 and 0; UltraFeedback's scores 1-10 give (s - 1) / 9 instead."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    asked = bool(row.keys() & {"prompt", "messages"})
+    if isinstance(chosen, str) and not asked:  # HH-RLHF: the prompt is where both begin alike
+        mark = "\n\nAssistant:"
+        cut = os.path.commonprefix([chosen, rejected]).rfind(mark)
+        if not cut == chosen.rfind(mark) == rejected.rfind(mark) or cut < 0:
+            raise Skip("chosen and rejected have no common prompt")
+        prompt = marked_turns(chosen[:cut], "\n\nHuman:", mark)
+        chosen, rejected = (t[cut + len(mark):].strip() for t in (chosen, rejected))
+    else:
+        prompt = read_prompt(row) if asked else ()
+    *said, (_, chosen) = turns(chosen, "assistant")
+    *also, (_, rejected) = turns(rejected, "assistant")
+    if said != also:
+        raise Skip("chosen and rejected have no common prompt")
+    scores, rewards = row if "score_chosen" in row else row.get("metadata"), (1.0, 0.0)
+    if isinstance(scores, dict) and "score_chosen" in scores:
+        rewards = [scaled(scores[n], n, 1, 10) for n in ("score_chosen", "score_rejected")]
+    prompt = tuple(said) or prompt
+    return [Example(prompt, chosen, rewards[0], "chosen", where),
+            Example(prompt, rejected, rewards[1], "rejected", where)]
+
+
+ALIASES = {"completion": "response", "output": "response", "instruction": "prompt",
+           "question": "prompt", "conversations": "messages"}
+FORMATS: tuple[tuple[set[str], Callable[[dict, str], list[Example]], str], ...] = (
+    ({"chosen", "rejected"}, read_pair, "pairs"),  # the first whose columns are all there wins
+    ({"prompt", "response", "helpfulness", "correctness", "coherence"}, read_helpsteer,
+     "HelpSteer2 scores"),
+    ({"label", "response"}, read_label, "labels"),
+    ({"label", "messages"}, read_label, "labels"),
+    ({"prompt", "response", "score"}, read_score, "scores"),
+    ({"messages"}, read_messages, "conversations"),
+    ({"data"}, read_ultrachat, "UltraChat conversations"),
+    ({"prompt", "response"}, read_demonstration, "demonstrations"),
+)
+
+
+def parse(row: dict, where: str, score_range: tuple[float, float]) -> tuple[str, list[Example]]:
+    """(format, examples) of one row, recognised by its columns; further columns are ignored."""
+    named = {ALIASES.get(k, k): v for k, v in row.items()}
+    if row.keys() >= {"question", "answer"}:  # GSM8K
+        named["response"] = row["answer"]
+    for columns, reader, name in FORMATS:
+        if columns <= named.keys():
+            if reader is read_score:
+                named["score"] = scaled(row["score"], "score", *score_range)
+            return name, reader(named, where)
+    known = "; ".join("+".join(sorted(columns)) for columns, _, _ in FORMATS)
+    raise ValueError(f"cannot tell the format from the columns {sorted(row)}. Known: {known}")
+
+
+def read(path: str | Path, score_range: tuple[float, float] = (0, 1)) -> tuple[list, list, list]:
+    """(examples, dropped rows, formats seen) of a file.   ValueError names file and line."""
+    examples, dropped, formats = [], [], Counter()
+    for where, row in rows(Path(path)):
+        try:
+            name, found = parse(row, where, score_range)
+            formats[name] += 1
+            if not all(e.prompt and e.response.strip() for e in found):
+                raise Skip("empty prompt or response")
+            examples += found
+        except Skip as reason:
+            dropped.append({"where": where, "reason": str(reason)})
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{where}: {error}") from None
+    if not examples:
+        raise ValueError(f"{path} holds no usable row ({len(dropped)} dropped)")
+    return examples, dropped, list(formats)
+
+
+def grouped(examples: Sequence[Example]) -> list[Unit]:
+    """Pairs together, the rest alone: chosen with rejected, or two adjacent scores of a prompt."""
+    out, i = [], 0
+    while i < len(examples):
+        group = tuple(examples[i : i + 2])
+        kinds, prompts = tuple(e.kind for e in group), {e.prompt for e in group}
+        if kinds not in (("chosen", "rejected"), ("scored", "scored")) or len(prompts) > 1:
+            group = group[:1]
+        out.append(group)
+        i += len(group)
+    return out
+
+
+def units(examples: Sequence[Example], reads: str) -> tuple[list[Unit], Counter]:
+    """What one loss term reads, one unit each, and a count by reason of the rows left out.
+
+    reads "groups": see `grouped`; "rows": every row; "demonstrations": sft and chosen rows;
+    "labels": every row, its reward made 0 or 1 (a score is cut at 1/2); "pairs": the better row
+    first. Pairs and labels leave out ties, which prefer nothing.
+    """
+    out, left = [], Counter()
+    labels = {"sft": 1.0, "chosen": 1.0, "rejected": 0.0}
+    for group in grouped(examples):
+        tie = len(group) == 2 and group[0].reward == group[1].reward
+        scored = group[0].kind == "scored"
+        if reads == "groups":
+            out.append(group)
+        elif reads == "rows":
+            out += [(e,) for e in group]
+        elif reads == "demonstrations":
+            out += [(e,) for e in group if e.kind in ("sft", "chosen")]
+            left["not a demonstration"] += sum(e.kind in ("rejected", "scored") for e in group)
+        elif tie and (reads == "pairs" or not scored):
+            left["a tie"] += len(group)
+        elif reads == "pairs" and len(group) == 2:
+            group = sorted(group, key=lambda e: -e.reward) if scored else group
+            out.append((replace(group[0], kind="chosen"), replace(group[1], kind="rejected")))
+        elif reads == "pairs":
+            left["not one of a pair"] += 1
+        else:
+            out += [(replace(e, reward=labels.get(e.kind, float(e.reward > 0.5))),)
+                    for e in group if not (scored and e.reward == 0.5)]
+            left["a score of exactly 1/2"] += sum(scored and e.reward == 0.5 for e in group)
+    return out, +left
+
+
+def hold_out(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples, about `count` held out; one prompt is never in both."""
+    rank = {e.prompt: zlib.crc32(f"{seed}{e.prompt}".encode()) for e in examples}
+    sizes, chosen, total = Counter(e.prompt for e in examples), set(), 0
+    for prompt in sorted(rank, key=rank.get):
+        if total >= count:
+            break
+        chosen.add(prompt)
+        total += sizes[prompt]
+    kept = [e for e in examples if e.prompt not in chosen]
+    return kept, [e for e in examples if e.prompt in chosen]
+
+
+def order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> list[tuple]:
+    """(file, row) in the order of one epoch: a pure function, so position p resumes at [p:].
+
+    A file of weight w gives round(w * size) rows an epoch, walking its own endless sequence of
+    shuffles: every row is seen floor(w) to ceil(w) times, and over 1/w epochs all of them.
+    """
+    picks = []
+    for file, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        count = round(weight * size)
+        for slot in range(epoch * count, (epoch + 1) * count):
+            lap, place = divmod(slot, size)
+            picks.append((file, lap, place))
+    laps = {key: np.random.default_rng([seed, *key]).permutation(sizes[key[0]])
+            for key in {(f, lap) for f, lap, _ in picks}}
+    shuffled = np.random.default_rng([seed, epoch]).permutation(len(picks))
+    return [(f, int(laps[f, lap][place])) for f, lap, place in (picks[i] for i in shuffled)]

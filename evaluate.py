@@ -1,0 +1,205 @@
+"""Measuring: policy and reference on a batch, held-out numbers, multiple choice.
+
+Letters: B rows, T tokens, C choices.
+
+    python evaluate.py --model DIR [--adapter DIR] --data FILE [--data FILE]
+"""
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import data
+import lora
+import losses
+import model
+import tokens
+
+
+class Scores(NamedTuple):
+    """What a forward pass says of a batch; ref_logps is None where no reference was asked for."""
+
+    logps: Tensor  # (B,) sums over response tokens, float32
+    ref_logps: Tensor | None  # (B,) the same with the adapters off, no gradient
+    token_logps: Tensor  # (B, T), zero outside the mask
+    mask: Tensor  # (B, T)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Response tokens per row, (B,)."""
+        return self.mask.sum(-1)
+
+
+def score(
+    net: model.Transformer, batch: tokens.Batch, reference: bool, checkpointing: bool = False
+) -> Scores:
+    """log pi_theta(y|x) of every row and, adapters off, log pi_ref(y|x) of the same batch."""
+    ref_logps = None
+    if reference:
+        with torch.no_grad(), lora.disabled(net):
+            ref_logps = net.response_logps(batch.ids, batch.response_mask)[0].sum(-1)
+    token_logps, mask = net.response_logps(batch.ids, batch.response_mask, checkpointing)
+    return Scores(token_logps.sum(-1), ref_logps, token_logps, mask)
+
+
+def measure(
+    logps: Tensor, ref_logps: Tensor | None, rewards: Tensor, kinds: Sequence[str],
+    pairs: Sequence[int], beta: float,
+) -> dict[str, float]:
+    """Means over rows, TRL's names where they exist; `pairs` are the first rows of pairs.
+
+    rewards/* is the implicit reward, dlogp/* the log-prob change from the reference in nats, both
+    per kind; target/mean the explicit reward, score_mse (sigmoid(r_theta) - r)^2 over rows that are
+    no demonstrations. A pair counts as accurate when the implicit rewards order as the explicit.
+    """
+    of = {k: torch.tensor([kind == k for kind in kinds]) for k in sorted(set(kinds))}
+    out = {f"logps/{k}": logps[rows].mean().item() for k, rows in of.items()}
+    out["target/mean"] = rewards.mean().item()
+    if ref_logps is None:
+        return out
+    u = losses.implicit_reward(logps, ref_logps, beta)
+    out |= {f"rewards/{k}": u[rows].mean().item() for k, rows in of.items()}
+    out |= {f"dlogp/{k}": (logps - ref_logps)[rows].mean().item() for k, rows in of.items()}
+    out["rewards/mean"] = u.mean().item()
+    feedback = torch.tensor([kind != "sft" for kind in kinds])
+    if feedback.any():
+        out["score_mse"] = losses.uft(logps, ref_logps, rewards, beta)[feedback].mean().item()
+    first = torch.tensor([i for i in pairs if rewards[i] != rewards[i + 1]], dtype=torch.long)
+    if len(first):
+        margins = (u[first] - u[first + 1]) * (rewards[first] - rewards[first + 1]).sign()
+        out["rewards/margins"] = margins.mean().item()
+        out["rewards/accuracies"] = (margins > 0).float().mean().item()
+    return out
+
+
+def pair_starts(units: Sequence[Sequence]) -> list[int]:
+    """Index of the first row of every two-row unit, rows counted across units."""
+    starts, row = [], 0
+    for unit in units:
+        starts += [row] * (len(unit) == 2)
+        row += len(unit)
+    return starts
+
+
+@torch.no_grad()
+def held_out(
+    net: model.Transformer, units: Sequence[Sequence[tokens.Encoded]], beta: float, budget: int
+) -> dict[str, float]:
+    """`measure` over all rows, with uft_loss (Eq. 7), nll_per_token and two constant baselines.
+
+    score_mse/mean is what the best constant would score on these rows, score_mse/half what 1/2
+    would: a policy above the first has learned less than the mean.
+    """
+    training, groups = net.training, tokens.micro_batches(units, budget)
+    net.eval()
+    device, parts, rows = next(net.parameters()).device, [], []
+    for group in groups:
+        rows += [e for unit in group for e in unit]
+        parts.append(score(net, tokens.collate([e for u in group for e in u], device), True))
+    net.train(training)
+    logps, ref_logps = (torch.cat([getattr(p, n).cpu() for p in parts]) for n in Scores._fields[:2])
+    rewards, kinds = torch.tensor([e.reward for e in rows]), [e.kind for e in rows]
+    starts = pair_starts([unit for group in groups for unit in group])
+    out = measure(logps, ref_logps, rewards, kinds, starts, beta)
+    demo = torch.tensor([k in ("sft", "chosen") for k in kinds])
+    count = torch.tensor([len(e.ids) - e.prompt_len for e in rows])
+    out["uft_loss"] = losses.uft(logps, ref_logps, rewards, beta).mean().item()
+    if demo.any():
+        out["nll_per_token"] = -(logps[demo].sum() / count[demo].sum()).item()
+    given = torch.tensor([e.reward for e in rows if e.kind != "sft"])
+    if len(given):
+        out["score_mse/mean"] = given.var(correction=0).item()
+        out["score_mse/half"] = (given - 0.5).square().mean().item()
+    return out
+
+
+def multiple_choice(logps: Tensor, correct: Tensor, lengths: Tensor | None = None) -> tuple:
+    """(mc1, mc2) of one question from the choices' logps (C,) and truth (C,).   TruthfulQA 2.3
+
+    mc1: does the likeliest choice hold? mc2: probability of the true choices among all. With
+    lengths (C,), mean log-probs per token are used instead of sums.
+    """
+    if lengths is not None:
+        logps = logps / lengths
+    return float(correct[logps.argmax()]), logps.softmax(-1)[correct].sum().item()
+
+
+def read_choices(path: Path) -> list[tuple[str, tuple, tuple]]:
+    """(question, mc1, mc2) per row, mc1 and mc2 each (choices, which are true).
+
+    TruthfulQA.csv, or JSON rows in the hub's form: question, mc1_targets, mc2_targets.
+    """
+    if path.suffix != ".csv":
+        return [(row["question"], *((row[k]["choices"], row[k]["labels"])
+                 for k in ("mc1_targets", "mc2_targets"))) for _, row in data.rows(path)]
+    out = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file):
+            best = row["Best Answer"].strip()
+            true, false = ([a.strip() for a in row[f"{k} Answers"].split(";") if a.strip()]
+                           for k in ("Correct", "Incorrect"))
+            true = [best, *(a for a in true if a != best)]
+            out.append((row["Question"], ([best, *false], [1] + [0] * len(false)),
+                        (true + false, [1] * len(true) + [0] * len(false))))
+    return out
+
+
+@torch.no_grad()
+def answer_choices(
+    net: model.Transformer, chat: tokens.Chat, path: Path, normalise: bool, limit: int | None
+) -> dict[str, float]:
+    """Mean mc1 and mc2 over the questions of a file, each choice scored as a response to it."""
+    results, device = [], next(net.parameters()).device
+    for question, *sets in read_choices(path)[:limit]:
+        for (choices, labels), which in zip(sets, (0, 1), strict=True):
+            rows = [data.Example((("user", question),), c, 1.0, "sft", question) for c in choices]
+            batch = tokens.collate([tokens.encode(e, chat, 10**9, False) for e in rows], device)
+            scores = score(net, batch, reference=False)
+            correct = torch.tensor(labels, device=device).bool()
+            lengths = scores.lengths if normalise else None
+            results.append(multiple_choice(scores.logps, correct, lengths)[which])
+    return {name: sum(r) / len(r) for name, r in (("mc1", results[::2]), ("mc2", results[1::2]))}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="evaluate.py", description="Numbers of a policy.")
+    parser.add_argument("--model", required=True, help="model folder or Hugging Face id")
+    parser.add_argument("--adapter", help="PEFT adapter folder; the reference is the model itself")
+    parser.add_argument("--data", action="append", required=True,
+                        help="repeatable: any training format, or multiple choice (TruthfulQA.csv)")
+    parser.add_argument("--template", default="checkpoint")
+    parser.add_argument("--beta", type=float, default=0.01)
+    parser.add_argument("--max_length", type=int, default=2048, help="longer rows are dropped")
+    parser.add_argument("--micro_batch_tokens", type=int, default=8192)
+    parser.add_argument("--limit", type=int, help="rows or questions read of each file")
+    parser.add_argument("--normalise", action="store_true", help="mc1/mc2 by mean log-probs")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    args = parser.parse_args(argv)
+    try:
+        folder = model.resolve(args.model)
+        chat = tokens.Chat(folder, args.template, args.adapter)
+        net = model.load(folder, getattr(torch, args.dtype), args.device)
+        if args.adapter:
+            lora.load(net, args.adapter)
+        net.eval()
+        for path in map(Path, args.data):
+            if path.suffix == ".csv" or "mc1_targets" in next(data.rows(path))[1]:
+                print(f"{path}: multiple choice{', per token' * args.normalise}")
+                out = answer_choices(net, chat, path, args.normalise, args.limit)
+            else:
+                groups = data.grouped(data.read(path)[0][: args.limit])
+                units, dropped = tokens.encode_units(groups, chat, args.max_length)
+                print(f"{path}: {sum(map(len, units))} rows, {len(dropped)} dropped as too long")
+                out = held_out(net, units, args.beta, args.micro_batch_tokens)
+            print("".join(f"  {name:<20} {value:.4f}\n" for name, value in sorted(out.items())))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"evaluate.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

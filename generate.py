@@ -1,0 +1,133 @@
+"""Sampling from the policy: the next token, batches of responses, and a small chat command.
+
+Rows of a batch stay aligned without padding: all prompts are read up to the length of the shortest,
+then every row takes one token a step, its own prompt's as long as that lasts, a sampled one after.
+Letters: B rows, V vocabulary.
+
+    python generate.py --model DIR [--adapter DIR] --prompt "Once upon a time" --template plain
+"""
+import argparse
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+import lora
+import model
+import tokens
+
+
+def next_token(
+    logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """One token id per row, (B,): greedy at temperature 0, else a draw from softmax(logits / T).
+
+    top_p < 1 draws from the smallest set of tokens whose probability reaches top_p.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    probs, ids = (logits_BV / temperature).softmax(-1).sort(-1, descending=True)
+    before = probs.cumsum(-1) - probs
+    probs = probs.masked_fill(before >= top_p, 0)
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
+@torch.no_grad()
+def sample(
+    net: model.Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """A response to each prompt: up to max_new_tokens ids, the last a stop id if one was drawn.
+
+    The generator lives on the CPU or the model's device; a response never depends on its batch
+    at temperature 0. Adapters, if any, are on; dropout is off while sampling.
+    """
+    device, training = next(net.parameters()).device, net.training
+    net.eval()
+    responses: list[list[int]] = [[] for _ in prompts]
+    ids_BT = torch.tensor([list(p[: min(map(len, prompts))]) for p in prompts], device=device)
+    position, cache = ids_BT.shape[1], None
+    while any(open_rows := [not r or (len(r) < max_new_tokens and r[-1] not in stop_ids)
+                            for r in responses]):
+        hidden_BTD, cache = net.extend(ids_BT, cache)
+        drawn = next_token(net.logits(hidden_BTD[:, -1]), temperature, top_p, generator).tolist()
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            if position < len(prompt):
+                drawn[i] = prompt[position]
+            elif open_rows[i]:
+                response.append(drawn[i])
+        ids_BT, position = torch.tensor(drawn, device=device)[:, None], position + 1
+    net.train(training)
+    return responses
+
+
+def complete(
+    net: model.Transformer,
+    chat: tokens.Chat,
+    prompts: Sequence[tuple],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """The text answered to each conversation, without its end token."""
+    asked = [chat.prompt_ids(p) for p in prompts]
+    answers = sample(net, asked, max_new_tokens, chat.stop_ids, temperature, top_p, generator)
+    out = []
+    for prompt, ids in zip(asked, answers, strict=True):
+        ids = ids[:-1] if ids and ids[-1] in chat.stop_ids else ids
+        out.append(chat.decode(prompt + ids)[len(chat.decode(prompt)):])
+    return out
+
+
+def converse(net: model.Transformer, chat: tokens.Chat, args: argparse.Namespace) -> None:
+    """A chat on the terminal, remembering its turns, until end of input."""
+    said, generator = [], torch.Generator().manual_seed(args.seed)
+    while True:
+        try:
+            said.append(("user", input("> ")))
+        except EOFError:
+            return
+        answer, = complete(net, chat, [tuple(said)], args.max_new_tokens, args.temperature,
+                           args.top_p, generator)
+        print(answer)
+        said.append(("assistant", answer))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="generate.py", description="Answer prompts, or chat.")
+    parser.add_argument("--model", required=True, help="model folder or Hugging Face id")
+    parser.add_argument("--adapter", help="PEFT adapter folder")
+    parser.add_argument("--prompt", action="append", help="repeatable; without it: a chat")
+    parser.add_argument("--template", default="checkpoint",
+                        help=f"checkpoint (the model's own), {', '.join(tokens.TEMPLATES)}")
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    args = parser.parse_args(argv)
+    try:
+        folder = model.resolve(args.model)
+        chat = tokens.Chat(folder, args.template, args.adapter)
+        net = model.load(folder, getattr(torch, args.dtype), args.device)
+        if args.adapter:
+            lora.load(net, args.adapter)
+        if not args.prompt:
+            return converse(net, chat, args)
+        prompts = [(("user", p),) for p in args.prompt]
+        answers = complete(net, chat, prompts, args.max_new_tokens, args.temperature, args.top_p,
+                           torch.Generator().manual_seed(args.seed))
+        print("\n\n".join(answers))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"generate.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""From text to ids to a padded batch: a chat template and a tokenizer give Encoded, then Batch.
+
+Prompt and response are encoded apart and joined as ids, so the boundary is exact by construction
+and generation sees the very prompt that training saw. A response is followed by the template's
+end-of-turn token, which is scored. Masks come from lengths, never from comparing ids with a pad id.
+A control token spelled inside somebody's text is encoded as plain text.
+Letters: B rows, T tokens.
+"""
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from torch import Tensor
+
+GUARD = "\ufdd0"  # a Unicode noncharacter: no token merges with it, and `ids` drops it again
+TEMPLATES = {  # by name; "checkpoint" is the one that comes with the model or the adapter
+    "mistral-inst": """{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}\
+{{ ' ' + m.content + eos_token }}{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}\
+{% endfor %}""",
+    "chatml": """{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + \
+m.content + '<|im_end|>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
+    "alpaca": """{{ bos_token }}{% if messages[0].role != 'system' %}\
+{{ 'Below is an instruction that describes a task. Write a response that appropriately completes \
+the request.\\n\\n' }}{% endif %}{% for m in messages %}{% if m.role == 'system' %}\
+{{ m.content + '\\n\\n' }}{% elif m.role == 'user' %}\
+{{ '### Instruction:\\n' + m.content + '\\n\\n' }}{% else %}\
+{{ '### Response:\\n' + m.content + eos_token + '\\n\\n' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}""",
+    "plain": """{{ bos_token }}{% for m in messages %}{{ m.content }}\
+{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}""",
+}
+
+
+class Skip(Exception):
+    """A row that does not fit, with the reason: dropped, counted and listed."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of prompt and response; ids[prompt_len:] is scored, its end token included."""
+
+    ids: list[int]
+    prompt_len: int
+    reward: float
+    kind: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right with id 0, which nothing reads."""
+
+    ids: Tensor  # (B, T) int64
+    response_mask: Tensor  # (B, T) bool
+    rewards: Tensor  # (B,) float32
+    kinds: tuple[str, ...]  # B of "sft", "chosen", "rejected", "scored"
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text("utf-8-sig")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def template_source(folders: Sequence[Path], name: str) -> str:
+    """The Jinja text of template `name`; "checkpoint" looks into the folders, in order."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if name != "checkpoint":
+        raise ValueError(f"--template {name} is unknown; choose checkpoint, {', '.join(TEMPLATES)}")
+    for folder in folders:
+        if (folder / "chat_template.jinja").is_file():
+            return (folder / "chat_template.jinja").read_text("utf-8")
+        own = read_json(folder / "tokenizer_config.json").get("chat_template")
+        if isinstance(own, list):
+            own = {t["name"]: t["template"] for t in own}.get("default")
+        if own:
+            return own
+    raise ValueError(f"{folders[-1]} has no chat template: choose one with --template "
+                     f"{' | '.join(TEMPLATES)} (the paper's Mistral runs use mistral-inst)")
+
+
+def compile_template(source: str):
+    """A Jinja template in the sandbox, with the settings and names transformers gives it."""
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source))
+
+
+class Chat:
+    """The tokenizer of a model folder and the template that turns conversations into prompts.
+
+    template is "checkpoint" or a name in TEMPLATES; an adapter folder's own template goes first.
+    ValueError for a missing or broken file, template or end token, and for ids beyond the
+    embedding.
+    """
+
+    def __init__(self, folder: str | Path, template: str = "checkpoint",
+                 adapter: str | Path | None = None) -> None:
+        folder = Path(folder)
+        path, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
+        if not path.is_file():
+            found = sorted(p.name for p in folder.glob("tokenizer*"))
+            raise ValueError(f"{folder} has no tokenizer.json (found: {found}). Convert it once: "
+                             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a readable tokenizer: {error}") from None
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        special = {n: (v["content"] if isinstance(v := config.get(n), dict) else v) or ""
+                   for n in ("bos_token", "eos_token")}
+        self.eos, self.bos = special["eos_token"], special["bos_token"]
+        self.source = template_source([Path(p) for p in (adapter, folder) if p], template)
+        first = self.tokenizer.encode("").ids[:1]
+        wanted = config.get("add_bos_token", first == [self.tokenizer.token_to_id(self.bos)])
+        if template in TEMPLATES and not wanted:
+            self.bos = ""
+        self.bos_id = self.tokenizer.token_to_id(self.bos) if self.bos else None
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        controls = [re.escape(t.content) for t in added if t.special]
+        self.control = re.compile("|".join(controls) or "(?!)")
+        self.template = compile_template(self.source)
+        self.gap, self.end_id = self.frame(template)
+        eos = read_json(folder / "generation_config.json").get("eos_token_id")
+        stops = [*(eos if isinstance(eos, list) else [eos]), self.tokenizer.token_to_id(self.eos)]
+        self.stop_ids = {self.end_id, *(i for i in stops if i is not None)}
+        size = read_json(folder / "config.json").get("vocab_size", 0)
+        if beyond := [t for t, i in self.tokenizer.get_vocab().items() if i >= size > 0]:
+            raise ValueError(f"{path}: token {beyond[0]!r} has an id beyond the {size} embeddings")
+
+    def frame(self, name: str) -> tuple[str, int]:
+        """(blank that precedes a response, id of the token that ends it), read off a rendering.
+
+        What else a template puts before an answer (Qwen3's empty <think>) is left out: responses
+        follow the generation prompt directly, as they will when sampled.
+        """
+        asked = (("user", "?"),)
+        before = self.render(asked)
+        after = self.render((*asked, ("assistant", GUARD)), generation=False)
+        between, _, end = after.removeprefix(before).partition(GUARD)
+        end = end.strip() or self.eos
+        end_id = self.tokenizer.token_to_id(end)
+        if end_id is None or not after.startswith(before):
+            raise ValueError(f"template {name!r} ends an answer with {end!r}, which is no token of "
+                             "this tokenizer: choose another --template")
+        return between if between.isspace() else "", end_id
+
+    def render(self, messages: tuple, generation: bool = True) -> str:
+        """The template's text, as transformers renders it, but for guarded control tokens."""
+        listed = [{"role": r, "content": self.guard(c)} for r, c in messages]
+        try:
+            return self.template.render(messages=listed, add_generation_prompt=generation,
+                                        bos_token=self.bos, eos_token=self.eos)
+        except (TemplateError, TypeError, KeyError) as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+
+    def guard(self, text: str) -> str:
+        """Breaks every control token that `text` spells, so that it is encoded as plain text."""
+        return self.control.sub(lambda m: m[0][:1] + GUARD + m[0][1:], text)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids, control tokens recognised, guards dropped, nothing added."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return [i for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)
+                if text[a:b] != GUARD]
+
+    def prompt_ids(self, messages: tuple) -> list[int]:
+        """Ids of a conversation up to where the assistant speaks; a BOS if the template has it."""
+        text = self.render(messages)
+        begins = bool(self.bos) and text.startswith(self.bos)
+        return [self.bos_id] * begins + self.ids(text[len(self.bos) * begins:])
+
+    def response_ids(self, response: str) -> list[int]:
+        """Ids of a response in mid-text (the guard hides that it starts a text), then the end."""
+        return [*self.ids(GUARD + self.gap + self.guard(response)), self.end_id]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, control tokens included."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def encode(e, chat: Chat, max_length: int, truncate_prompt: bool) -> Encoded:
+    """The Encoded row of a data.Example.   Skip where it exceeds max_length tokens.
+
+    truncate_prompt cuts such a prompt from the left, behind its BOS; a response is never cut.
+    """
+    prompt, answer = chat.prompt_ids(e.prompt), chat.response_ids(e.response)
+    if len(prompt) + len(answer) > max_length:
+        keep = prompt[:1] if prompt[0] == chat.bos_id else []
+        room = max_length - len(answer) - len(keep)
+        if not truncate_prompt or room < 1:
+            raise Skip(f"{len(prompt)} + {len(answer)} tokens, more than {max_length}")
+        prompt = keep + prompt[len(prompt) - room:]
+    return Encoded(prompt + answer, len(prompt), e.reward, e.kind, e.where)
+
+
+def encode_units(
+    units: Sequence[Sequence], chat: Chat, max_length: int, truncate_prompt: bool = False
+) -> tuple[list[tuple[Encoded, ...]], list[dict]]:
+    """(encoded units, dropped rows with reason): a unit with one row too long is dropped whole."""
+    out, dropped = [], []
+    for unit in units:
+        try:
+            out.append(tuple(encode(e, chat, max_length, truncate_prompt) for e in unit))
+        except Skip as reason:
+            dropped += [{"where": e.where, "reason": str(reason)} for e in unit]
+        except ValueError as error:
+            raise ValueError(f"{unit[0].where}: {error}") from None
+    return out, dropped
+
+
+def mismatch(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Each prompt with the response of the next row that has another prompt: KTO's z0 rows."""
+    out = []
+    for i, row in enumerate(rows):
+        prompt = row.ids[: row.prompt_len]
+        others = [e for e in (*rows[i + 1:], *rows[:i]) if e.ids[: e.prompt_len] != prompt]
+        out += [replace(row, ids=prompt + e.ids[e.prompt_len:]) for e in others[:1]]
+    return out
+
+
+def micro_batches(units: Sequence[Sequence[Encoded]], tokens: int) -> list[list]:
+    """Groups of units, long with long, each of at most `tokens` padded positions (or one unit)."""
+    groups, longest = [], 0
+    for unit in sorted(units, key=lambda u: -max(len(e.ids) for e in u)):
+        if groups and (sum(map(len, groups[-1])) + len(unit)) * longest <= tokens:
+            groups[-1].append(unit)
+        else:
+            groups.append([unit])
+            longest = max(len(e.ids) for e in unit)
+    return groups
+
+
+def collate(rows: Sequence[Encoded], device: str | torch.device = "cpu") -> Batch:
+    """Rows as tensors on `device`, padded on the right."""
+    width = max(len(e.ids) for e in rows)
+    ids = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in rows])
+    position = torch.arange(width)
+    start, end = (torch.tensor(n)[:, None] for n in zip(
+        *((e.prompt_len, len(e.ids)) for e in rows), strict=True))
+    mask = (start <= position) & (position < end)
+    rewards = torch.tensor([e.reward for e in rows], dtype=torch.float32)
+    return Batch(ids.to(device), mask.to(device), rewards.to(device), tuple(e.kind for e in rows))
