@@ -55,7 +55,7 @@ class ModelConfig:
                              f"{found}). Give a folder as downloaded from Hugging Face")
         try:
             return ModelConfig.from_dict(json.loads(path.read_text("utf-8-sig")))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     @staticmethod
@@ -79,15 +79,14 @@ class ModelConfig:
         heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
         default = 128 if kind == "qwen3" else sizes["hidden_size"] // heads
         head_dim, eps = raw.get("head_dim") or default, raw.get("rms_norm_eps")
-        if heads % groups or head_dim % 2 or ("head_dim" not in raw and kind != "qwen3"
-                                              and sizes["hidden_size"] % heads):
+        if heads % groups or type(head_dim) is not int or head_dim < 1 or head_dim % 2 or (
+                "head_dim" not in raw and kind != "qwen3" and sizes["hidden_size"] % heads):
             raise ValueError(f"{heads} heads, {groups} kv heads, head size {head_dim} do not fit")
         if type(eps) is not float or not 0 < eps < 1:
             raise ValueError(f"rms_norm_eps must be a number between 0 and 1, found {eps!r}")
-        return ModelConfig(
-            model_type=kind, head_dim=head_dim, rms_norm_eps=eps, rope=rope_parameters(raw),
-            windows=attention_windows(raw), raw=raw,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)), **sizes)
+        return ModelConfig(model_type=kind, head_dim=head_dim, rms_norm_eps=eps, raw=raw, **sizes,
+                           rope=rope_parameters(raw), windows=attention_windows(raw),
+                           tie_word_embeddings=bool(raw.get("tie_word_embeddings")))
 
 
 def rope_parameters(raw: dict) -> dict:
@@ -115,8 +114,10 @@ def attention_windows(raw: dict) -> tuple[int | None, ...]:
     if kind == "llama" or (kind != "mistral" and not raw.get("use_sliding_window")):
         window = None
     first = raw.get("max_window_layers", 28) if kind != "mistral" else 0
-    slides = [t == "sliding_attention" for t in raw.get("layer_types") or ()] \
-        or [i >= first for i in range(layers)]
+    kinds = {"full_attention": False, "sliding_attention": True}
+    slides = [kinds[t] for t in raw.get("layer_types") or ()] or [i >= first for i in range(layers)]
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"sliding_window must be a positive integer or null, found {window!r}")
     if len(slides) != layers:
         raise ValueError(f"layer_types names {len(slides)} layers, num_hidden_layers is {layers}")
     return tuple(window if s else None for s in slides)
@@ -157,9 +158,8 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     return x_BHTK * cos_TK + torch.cat((-second, first), -1) * sin_TK
 
 
-def attention_mask(
-    queries: int, keys: int, window: int | None, device: torch.device
-) -> Tensor | None:
+def attention_mask(queries: int, keys: int, window: int | None,
+                   device: torch.device) -> Tensor | None:
     """(queries, keys) True where the last `queries` positions may look; None for plain causal."""
     if queries in (1, keys) and (window is None or window >= keys):
         return None
@@ -194,8 +194,7 @@ class Attention(nn.Module):
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
         mask = attention_mask(q.shape[2], k.shape[2], self.window, q.device)
         y_BHTK = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and len(x_BTD[0]) > 1,
-            enable_gqa=True)
+            q, k, v, mask, is_causal=mask is None and len(x_BTD[0]) > 1, enable_gqa=True)
         return self.o_proj(y_BHTK.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -272,13 +271,11 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), float32 at least. Only ever call it on the positions you need."""
-        tied = self.config.tie_word_embeddings
-        head = self.model.embed_tokens.weight if tied else self.lm_head.weight
-        return F.linear(hidden, head).to(torch.promote_types(hidden.dtype, torch.float32))
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight).to(torch.promote_types(hidden.dtype, torch.float32))
 
-    def response_logps(
-        self, ids_BT: Tensor, response_mask_BT: Tensor, checkpointing: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def response_logps(self, ids_BT: Tensor, response_mask_BT: Tensor,
+                       checkpointing: bool = False) -> tuple[Tensor, Tensor]:
         """log pi(y_t | x, y_<t) of every response token: (token_logps, mask), both (B, T).
 
         Zero outside the mask, float32 at least. The head runs on the positions before response
@@ -304,7 +301,6 @@ def resolve(name: str) -> Path:
     if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return Path(name)
     from huggingface_hub import snapshot_download  # slow to import, and rarely needed
-
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:  # the library raises many kinds, all of them "could not fetch"
@@ -317,7 +313,10 @@ def weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() and index.is_file():
         raise ValueError(f"{folder} holds both {single.name} and {index.name}: remove one")
-    shards = json.loads(index.read_text("utf-8"))["weight_map"] if index.is_file() else {}
+    try:
+        shards = dict(json.loads(index.read_text("utf-8"))["weight_map"]) if index.is_file() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of shards ({error!r}): download it again") from None
     for name in set(shards.values()) or [single.name]:
         if Path(name).name != name:
             raise ValueError(f"{index}: shard {name!r} points outside the folder")
@@ -325,10 +324,6 @@ def weight_files(folder: Path) -> list[Path]:
             found = "only pickles, which are never loaded: convert them once with transformers' " \
                 "save_pretrained" if any(folder.glob("*.bin")) else sorted(os.listdir(folder))[:8]
             raise ValueError(f"{folder} has no {name}, found {found}")
-        with open(folder / name, "rb") as file:
-            if file.read(23) == b"version https://git-lfs":
-                raise ValueError(f"{folder / name} is a Git LFS pointer, not weights: run "
-                                 f"`git lfs pull` in that folder")
     return sorted({folder / name for name in shards.values()} or {single})
 
 
@@ -362,16 +357,18 @@ def load(folder: str | Path, dtype: torch.dtype, device: str | torch.device = "c
             with safe_open(path, "pt", device=str(device)) as file:
                 for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
                     tensor = file.get_tensor(name)
+                    if name in state:
+                        raise ValueError(f"{path}: {name} lies in another shard too")
                     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
                         raise ValueError(f"{path}: {name} is {tensor.dtype}: quantised weights "
                                          "are not supported")
                     state[name] = tensor.to(dtype)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}): download it "
-                             "again") from None
+                             "again, a Git LFS pointer with `git lfs pull`") from None
     state = {n: t for n, t in state.items() if not n.endswith("rotary_emb.inv_freq")}
-    tied, embedding = model.config.tie_word_embeddings, state.get("model.embed_tokens.weight")
-    if tied and "lm_head.weight" in state and torch.equal(state["lm_head.weight"], embedding):
+    tied, twins = model.config.tie_word_embeddings, ("lm_head.weight", "model.embed_tokens.weight")
+    if tied and all(n in state for n in twins) and torch.equal(*(state[n] for n in twins)):
         del state["lm_head.weight"]
     check_tensors(state, want, tied)
     model.load_state_dict(state, assign=True)
@@ -391,10 +388,9 @@ def save(model: Transformer, folder: str | Path, source: str | Path | None = Non
         raise ValueError(f"{min(extra)} is no tensor of the checkpoint: merge and remove adapters")
     dtype, rope = str(next(iter(state.values())).dtype).split(".")[1], config.rope
     scaling = None if rope["rope_type"] == "default" else rope
-    architecture = config.model_type.capitalize() + "ForCausalLM"
-    raw = config.raw | {"architectures": [architecture], "dtype": dtype, "torch_dtype": dtype,
-                        "rope_parameters": rope, "rope_scaling": scaling,
-                        "rope_theta": rope["rope_theta"]}
+    raw = config.raw | {"architectures": [config.model_type.capitalize() + "ForCausalLM"],
+                        "dtype": dtype, "torch_dtype": dtype, "rope_parameters": rope,
+                        "rope_scaling": scaling, "rope_theta": rope["rope_theta"]}
     folder.mkdir(parents=True, exist_ok=True)
     for file in Path(source).iterdir() if source else ():
         if file.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in file.name:
