@@ -143,7 +143,7 @@ def test_a_row_changes_its_own_loss_and_no_other(name):
 
     Red: losses.py:ipo: `.square()` -> `.square().mean()`
     Red: losses.py:kto: `- beta * z0` -> `- beta * (logps - ref_logps).mean()`
-    Red: losses.py:simpo: `- gamma)` -> `- gamma).mean().expand_as(chosen_mean_logps)`
+    Red: losses.py:simpo: `return -logsigmoid(` -> `return -gamma - 0 * logsigmoid(`
     """
     value = ROWS[name](LOGPS, REF, BETA)
     for row in range(6):
@@ -731,7 +731,7 @@ def test_orpo_gradient_grows_with_the_odds_that_remain():
 def test_simpo_gradient_is_beta_times_the_error_of_the_margin_less_gamma():
     """dL/dm_w = -beta sigmoid(-z) = -dL/dm_l, z = beta (m_w - m_l) - gamma (SimPO Eq. 6).
 
-    Red: losses.py:simpo: `- gamma)` -> `+ gamma)`
+    Red: losses.py:simpo: `_logps) - gamma)` -> `_logps) + gamma)`
     """
     z = BETA * (CHOSEN - REJECTED) - 0.5
     up, down = slope(lambda w, l: losses.simpo(w, l, BETA, 0.5), CHOSEN, REJECTED)
@@ -742,7 +742,7 @@ def test_simpo_gradient_is_beta_times_the_error_of_the_margin_less_gamma():
 def test_simpo_gamma_is_the_margin_and_not_the_ratio():
     """gamma = beta * ratio: gamma is the loss's own offset, ratio that of the mean log-probs.
 
-    Red: losses.py:simpo: `- gamma)` -> `- beta * gamma)`
+    Red: losses.py:simpo: `_logps) - gamma)` -> `_logps) - beta * gamma)`
     """
     ratio = 0.8
     expected = -logsigmoid(BETA * (CHOSEN - REJECTED - ratio))
