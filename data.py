@@ -30,7 +30,7 @@ class Example:
     where: str  # file:line, for messages
 
 
-Unit = tuple[Example, ...]  # the one row, or the two rows, that one loss term reads
+Unit = tuple  # the one row, or the two rows, that one loss term reads: Examples or Encoded ones
 
 
 class Skip(Exception):
@@ -226,7 +226,7 @@ def read(path: str | Path, score_range: tuple[float, float] = (0, 1)) -> tuple[l
     return examples, dropped, list(formats)
 
 
-def grouped(examples: Sequence[Example]) -> list[Unit]:
+def grouped(examples: Sequence) -> list[Unit]:
     """Pairs together, the rest alone: chosen with rejected, or two adjacent scores of a prompt."""
     out, i = [], 0
     while i < len(examples):
@@ -239,7 +239,7 @@ def grouped(examples: Sequence[Example]) -> list[Unit]:
     return out
 
 
-def units(examples: Sequence[Example], reads: str) -> tuple[list[Unit], Counter]:
+def units(examples: Sequence, reads: str) -> tuple[list[Unit], Counter]:
     """What one loss term reads, one unit each, and a count by reason of the rows left out.
 
     reads "groups": see `grouped`; "rows": every row; "demonstrations": sft and chosen rows;
@@ -272,17 +272,15 @@ def units(examples: Sequence[Example], reads: str) -> tuple[list[Unit], Counter]
     return out, +left
 
 
-def hold_out(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples, about `count` held out; one prompt is never in both."""
-    rank = {e.prompt: zlib.crc32(f"{seed}{e.prompt}".encode()) for e in examples}
+def hold_out(examples: Sequence, count: int, seed: int) -> set[Messages]:
+    """Prompts, drawn by hash, that hold about `count` examples: none of theirs is to be trained."""
     sizes, chosen, total = Counter(e.prompt for e in examples), set(), 0
-    for prompt in sorted(rank, key=rank.get):
+    for prompt in sorted(sizes, key=lambda p: zlib.crc32(f"{seed}{p}".encode())):
         if total >= count:
             break
         chosen.add(prompt)
         total += sizes[prompt]
-    kept = [e for e in examples if e.prompt not in chosen]
-    return kept, [e for e in examples if e.prompt in chosen]
+    return chosen
 
 
 def order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> list[tuple]:

@@ -157,7 +157,7 @@ def answer_choices(
     for question, *sets in read_choices(path)[:limit]:
         for (choices, labels), which in zip(sets, (0, 1), strict=True):
             rows = [data.Example((("user", question),), c, 1.0, "sft", question) for c in choices]
-            batch = tokens.collate([tokens.encode(e, chat, 10**9, False) for e in rows], device)
+            batch = tokens.collate([tokens.encode(e, chat, 10**9) for e in rows], device)
             scores = score(net, batch, reference=False)
             correct = torch.tensor(labels, device=device).bool()
             lengths = scores.lengths if normalise else None
@@ -192,10 +192,10 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{path}: multiple choice{', per token' * args.normalise}")
                 out = answer_choices(net, chat, path, args.normalise, args.limit)
             else:
-                groups = data.grouped(data.read(path)[0][: args.limit])
-                units, dropped = tokens.encode_units(groups, chat, args.max_length)
-                print(f"{path}: {sum(map(len, units))} rows, {len(dropped)} dropped as too long")
-                out = held_out(net, units, args.beta, args.micro_batch_tokens)
+                examples = data.read(path)[0][: args.limit]
+                rows, dropped = tokens.encode_all(examples, chat, args.max_length)
+                print(f"{path}: {len(rows)} rows, {len(dropped)} dropped as too long")
+                out = held_out(net, data.grouped(rows), args.beta, args.micro_batch_tokens)
             print("".join(f"  {name:<20} {value:.4f}\n" for name, value in sorted(out.items())))
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")

@@ -52,6 +52,7 @@ class Encoded:
     reward: float
     kind: str
     where: str
+    prompt: tuple  # the messages: rows of one prompt are held out, paired or mismatched by it
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,15 @@ class Chat:
         first = self.tokenizer.encode("").ids[:1]
         wanted = config.get("add_bos_token", first == [self.tokenizer.token_to_id(self.bos)])
         if template in TEMPLATES and not wanted:
-            self.bos = ""
+            self.bos, self.source = "", self.source.replace("{{ bos_token }}", "")
         self.bos_id = self.tokenizer.token_to_id(self.bos) if self.bos else None
         added = self.tokenizer.get_added_tokens_decoder().values()
         controls = [re.escape(t.content) for t in added if t.special]
         self.control = re.compile("|".join(controls) or "(?!)")
         self.template = compile_template(self.source)
         self.gap, self.end_id = self.frame(template)
-        eos = read_json(folder / "generation_config.json").get("eos_token_id")
+        self.generation_config = read_json(folder / "generation_config.json")
+        eos = self.generation_config.get("eos_token_id")
         stops = [*(eos if isinstance(eos, list) else [eos]), self.tokenizer.token_to_id(self.eos)]
         self.stop_ids = {self.end_id, *(i for i in stops if i is not None)}
         size = read_json(folder / "config.json").get("vocab_size", 0)
@@ -195,38 +197,45 @@ class Chat:
         """Ids of a response in mid-text (the guard hides that it starts a text), then the end."""
         return [*self.ids(GUARD + self.gap + self.guard(response)), self.end_id]
 
+    def save(self, folder: Path) -> None:
+        """Leaves template and stop ids in an adapter folder, for whoever samples from it."""
+        config = self.generation_config | {"eos_token_id": sorted(self.stop_ids)}
+        (folder / "chat_template.jinja").write_text(self.source, "utf-8")
+        (folder / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids, control tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def encode(e, chat: Chat, max_length: int, truncate_prompt: bool) -> Encoded:
+def encode(example, chat: Chat, max_length: int, truncate_prompt: bool = False) -> Encoded:
     """The Encoded row of a data.Example.   Skip where it exceeds max_length tokens.
 
     truncate_prompt cuts such a prompt from the left, behind its BOS; a response is never cut.
     """
-    prompt, answer = chat.prompt_ids(e.prompt), chat.response_ids(e.response)
+    prompt, answer = chat.prompt_ids(example.prompt), chat.response_ids(example.response)
     if len(prompt) + len(answer) > max_length:
         keep = prompt[:1] if prompt[0] == chat.bos_id else []
         room = max_length - len(answer) - len(keep)
         if not truncate_prompt or room < 1:
             raise Skip(f"{len(prompt)} + {len(answer)} tokens, more than {max_length}")
         prompt = keep + prompt[len(prompt) - room:]
-    return Encoded(prompt + answer, len(prompt), e.reward, e.kind, e.where)
+    return Encoded(prompt + answer, len(prompt), example.reward, example.kind, example.where,
+                   example.prompt)
 
 
-def encode_units(
-    units: Sequence[Sequence], chat: Chat, max_length: int, truncate_prompt: bool = False
-) -> tuple[list[tuple[Encoded, ...]], list[dict]]:
-    """(encoded units, dropped rows with reason): a unit with one row too long is dropped whole."""
+def encode_all(
+    examples: Sequence, chat: Chat, max_length: int, truncate_prompt: bool = False
+) -> tuple[list[Encoded], list[dict]]:
+    """(rows, dropped rows with their reason) of data.Examples, in order."""
     out, dropped = [], []
-    for unit in units:
+    for example in examples:
         try:
-            out.append(tuple(encode(e, chat, max_length, truncate_prompt) for e in unit))
+            out.append(encode(example, chat, max_length, truncate_prompt))
         except Skip as reason:
-            dropped += [{"where": e.where, "reason": str(reason)} for e in unit]
+            dropped.append({"where": example.where, "reason": str(reason)})
         except ValueError as error:
-            raise ValueError(f"{unit[0].where}: {error}") from None
+            raise ValueError(f"{example.where}: {error}") from None
     return out, dropped
 
 
@@ -234,9 +243,9 @@ def mismatch(rows: Sequence[Encoded]) -> list[Encoded]:
     """Each prompt with the response of the next row that has another prompt: KTO's z0 rows."""
     out = []
     for i, row in enumerate(rows):
-        prompt = row.ids[: row.prompt_len]
-        others = [e for e in (*rows[i + 1:], *rows[:i]) if e.ids[: e.prompt_len] != prompt]
-        out += [replace(row, ids=prompt + e.ids[e.prompt_len:]) for e in others[:1]]
+        others = [e for e in (*rows[i + 1:], *rows[:i]) if e.prompt != row.prompt]
+        out += [replace(row, ids=row.ids[: row.prompt_len] + e.ids[e.prompt_len:])
+                for e in others[:1]]
     return out
 
 

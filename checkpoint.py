@@ -1,0 +1,54 @@
+"""What a stopped run needs to go on: adapter, optimizer, random state and step, in one folder.
+
+    RUN/checkpoints/step-N/   adapter_config.json  adapter_model.safetensors
+                              optimizer.safetensors  state.json
+The order of the data is a function of seed and position (data.order), so the step says it all.
+"""
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora
+
+
+def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dict) -> None:
+    """Writes out/checkpoints/step-N aside and renames it, N = state["step"]."""
+    final = out / "checkpoints" / f"step-{state['step']}"
+    part = final.with_suffix(".part")
+    lora.save(net, part, "")
+    names = {p: n for n, p in net.named_parameters()}
+    tensors = {f"{names[p]}/{k}": v for p, s in optimizer.state.items() for k, v in s.items()}
+    save_file(tensors | {"rng": torch.get_rng_state()}, part / "optimizer.safetensors")
+    (part / "state.json").write_text(json.dumps(state), "utf-8")
+    os.replace(part, final)
+
+
+def resume(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: dict) -> dict:
+    """Puts the newest checkpoint of a run back and returns its state.
+
+    ValueError where there is none, or where `config` (a plain dict) is not the one it ran with.
+    """
+    found = sorted((out / "checkpoints").glob("step-*/state.json"),
+                   key=lambda p: int(p.parent.name.removeprefix("step-")))
+    if not found:
+        raise ValueError(f"cannot resume {out}: it holds no checkpoint")
+    old = json.loads((out / "config.json").read_text("utf-8"))
+    for key, now in json.loads(json.dumps(config)).items():
+        if key not in ("resume", "save_every", "out") and old.get(key) != now:
+            raise ValueError(f"cannot resume {out}: {key} was {old.get(key)!r} and is now {now!r}. "
+                             "Use the old value, or start a new run with another --out")
+    folder, state = found[-1].parent, json.loads(found[-1].read_text("utf-8"))
+    layers, tensors = lora.adapters(net), load_file(folder / "optimizer.safetensors")
+    for name, (a, b, _) in lora.read(folder)[1].items():
+        layers[name].lora_A.data.copy_(a)
+        layers[name].lora_B.data.copy_(b)
+    torch.set_rng_state(tensors.pop("rng"))
+    weights = dict(net.named_parameters())
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("/")
+        optimizer.state[weights[name]][part] = tensor
+    return state

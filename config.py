@@ -1,0 +1,97 @@
+"""Everything a run depends on: one frozen dataclass, whose fields are the flags of train.py."""
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def flag(default: object, text: str) -> object:
+    """A Config field with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. The flags of the command line are these fields."""
+
+    model: str = flag("", "model folder or Hugging Face id")
+    data: tuple[str, ...] = flag((), "FILE or FILE:WEIGHT, repeatable; WEIGHT is passes per epoch")
+    loss: str = flag("uft", "what to minimise: a name in train.LOSSES")
+    beta: float = flag(0.01, "scale of the implicit reward (paper: 0.01)")
+    lr: float = flag(3e-5, "peak learning rate (paper: 3e-5)")
+    warmup: float = flag(0.1, "share of the steps spent warming up, before a cosine to zero")
+    batch_size: int = flag(8, "loss terms a step: rows, or pairs")
+    micro_batch_tokens: int = flag(8192, "padded positions a forward pass; changes no number")
+    epochs: float = flag(1.0, "passes over the data, if --steps is 0")
+    steps: int = flag(0, "optimizer steps")
+    max_length: int = flag(2048, "tokens of prompt and response; longer rows are dropped")
+    truncate_prompt: bool = flag(False, "cut long prompts from the left instead")
+    template: str = flag("checkpoint", "checkpoint (its own), mistral-inst, chatml, alpaca, plain")
+    score_range: tuple[float, float] = flag((0.0, 1.0), "LOW,HIGH of a `score` column")
+    held_out: int = flag(64, "rows kept aside, by prompt, to measure before and after")
+    lora_r: int = flag(16, "rank (paper: 16)")
+    lora_alpha: float = flag(16.0, "scale times rank")
+    lora_dropout: float = flag(0.0, "dropout before the adapters")
+    lora_targets: tuple[str, ...] = flag(TARGETS, "linear layers to adapt, with commas")
+    weight_decay: float = flag(0.0, "AdamW's")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    label_smoothing: float = flag(0.0, "dpo: probability that a preference is wrong")
+    desirable_weight: float = flag(1.0, "kto: weight of good rows")
+    undesirable_weight: float = flag(1.0, "kto: weight of bad rows")
+    orpo_weight: float = flag(0.1, "orpo: weight of the odds ratio")
+    simpo_gamma: float = flag(0.5, "simpo: margin")
+    dtype: str = flag("float32", "of the frozen weights: float32 or bfloat16")
+    device: str = flag("cpu", "cpu, cuda or mps")
+    gradient_checkpointing: bool = flag(False, "less memory, one more forward pass")
+    sample_tokens: int = flag(48, "length of the three samples before and after; 0 for none")
+    save_every: int = flag(0, "steps between checkpoints; there is always one at the end")
+    resume: bool = flag(False, "go on from the newest checkpoint in --out")
+    seed: int = flag(0, "of adapters, order, dropout and what is held out")
+    out: str = flag("", "run folder; default: the next free runs/NNNN")
+
+    def __post_init__(self) -> None:
+        """ValueError names the flag."""
+        rules = {
+            "model": bool(self.model), "data": bool(self.data),
+            "beta": 0 < self.beta < math.inf, "lr": 0 <= self.lr < math.inf,
+            "warmup": 0 <= self.warmup <= 1, "batch_size": self.batch_size > 0,
+            "micro_batch_tokens": self.micro_batch_tokens > 0, "max_length": self.max_length > 1,
+            "epochs": 0 < self.epochs < math.inf, "steps": self.steps >= 0,
+            "lora_r": self.lora_r > 0, "lora_alpha": 0 < self.lora_alpha < math.inf,
+            "score_range": self.score_range[0] < self.score_range[-1],
+            "held_out": self.held_out >= 0, "sample_tokens": self.sample_tokens >= 0,
+            "lora_dropout": 0 <= self.lora_dropout < 1, "max_grad_norm": self.max_grad_norm > 0,
+            "label_smoothing": 0 <= self.label_smoothing < 0.5,
+            "dtype": self.dtype in ("float32", "bfloat16"), "seed": self.seed >= 0,
+        }
+        helps = {f.name: f.metadata["help"] for f in fields(self)}
+        for name in (n for n, good in rules.items() if not good):
+            found = getattr(self, name) or "nothing"
+            raise ValueError(f"--{name}: found {found!r}, expected {helps[name]}")
+
+
+def boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
+    return text == "true"
+
+
+def parse_flags(argv: Sequence[str] | None) -> Config:
+    """The Config that a command line spells: --data repeats, other tuples are lists with commas."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune on feedback.")
+    read = {bool: boolean, tuple[str, ...]: lambda text: tuple(text.split(",")),
+            tuple[float, float]: lambda text: tuple(map(float, text.split(",")))}
+    for f in fields(Config):
+        repeats = {"action": "append"} if f.name == "data" else {}
+        shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        parser.add_argument(
+            f"--{f.name}", default=f.default or None if repeats else f.default, metavar="",
+            type=str if repeats else read.get(f.type, f.type),
+            help=f.metadata["help"] + f" [{str(shown).lower()}]" * (shown != ""), **repeats)
+    given = vars(parser.parse_args(argv))
+    try:
+        return Config(**given | {"data": tuple(given["data"] or ())})
+    except ValueError as error:
+        parser.exit(2, f"train.py: {error}\n")

@@ -1,0 +1,128 @@
+"""What a run tells a person: its first lines, one line a step, samples, the table at the end.
+
+Plain text, the same on a terminal and in a file.
+"""
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import lora
+import model
+import tokens
+from config import Config
+
+KINDS = ("sft", "chosen", "rejected", "scored")
+
+
+def header(net: model.Transformer, config: Config, told: Sequence[str], dropped: int, steps: int,
+           out: Path) -> str:
+    """What is about to run: loss, model, data, where it goes."""
+    kind, layers = net.config.model_type, lora.adapters(net)
+    weights = sum(p.numel() for p in net.parameters() if not p.requires_grad) / 1e6
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6
+    tied = "tied" if net.config.tie_word_embeddings else "untied"
+    lines = [
+        f"UFT     loss={config.loss}  beta={config.beta:g}  lr={config.lr:g}  seed={config.seed}  "
+        f"{steps} steps of {config.batch_size}  ->  {out}",
+        f"model   {config.model}: {kind}, {weights:.2f} M weights, {tied}, {config.dtype}, "
+        f"{config.device}",
+        f"lora    {trained:.2f} M trainable weights, r={config.lora_r} alpha={config.lora_alpha:g} "
+        f"on {len(layers)} layers ({', '.join(config.lora_targets)})",
+        *(f"data    {line}" for line in told)]
+    lines += [f"dropped {dropped} rows, listed in {out / 'dropped.jsonl'}"] * bool(dropped)
+    return "\n".join(lines)
+
+
+def example(row: tokens.Encoded, chat: tokens.Chat) -> str:
+    """One row as the model sees it: the prompt, then the scored part between markers."""
+    prompt, answer = chat.decode(row.ids[: row.prompt_len]), chat.decode(row.ids[row.prompt_len:])
+    return (f"example {row.where}, reward {row.reward:.2f}: only the part in >>> <<< is trained, "
+            f"it ends with token {row.ids[-1]}\n    "
+            + f"{prompt} >>>{answer}<<<".replace("\n", "\n    "))
+
+
+def progress(steps: int, start: int) -> tqdm:
+    """A bar on a terminal; elsewhere `step` prints plain lines instead."""
+    return tqdm(total=steps, initial=start, disable=not sys.stderr.isatty(), unit="step")
+
+
+def step(bar: tqdm, metrics: Mapping[str, float], steps: int, seconds_left: float) -> None:
+    """Shows loss, implicit reward and log-prob change (nats) per kind, tokens per second."""
+    parts = [f"loss {metrics['loss']:.4f}"]
+    for name, text in (("rewards/", "reward"), ("dlogp/", "dlogp")):
+        by_kind = [f"{k.removeprefix(name)} {v:+.2f}" for k, v in metrics.items()
+                   if k.startswith(name) and k.removeprefix(name) in KINDS]
+        parts += [f"{text} {' '.join(by_kind)}"] * bool(by_kind)
+    line = " | ".join([*parts, f"{metrics['tokens_per_s']:.0f} tok/s"])
+    bar.set_postfix_str(line, refresh=False)
+    bar.update()
+    if bar.disable and (metrics["step"] % max(1, steps // 20) == 0 or metrics["step"] == steps):
+        print(f"step {metrics['step']:>5}/{steps} | {line} | {seconds_left:.0f} s left", flush=True)
+
+
+def table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """Held-out numbers at start and end."""
+    lines = [f"{'held out':<22}{'start':>12}{'end':>12}{'change':>12}"]
+    for name in sorted(after):
+        a, b = before[name], after[name]
+        lines.append(f"{name:<22}{a:>12.4f}{b:>12.4f}{b - a:>+12.4f}")
+    return "\n".join(lines)
+
+
+def verdict(after: Mapping[str, float]) -> str:
+    """The held-out numbers in words."""
+    lines = []
+    for kind in KINDS:
+        if (change := after.get(f"dlogp/{kind}")) is not None:
+            way = "rose" if change > 0 else "fell"
+            lines.append(f"log-prob of {kind} rows {way} by {abs(change):.2f} nats")
+    if "score_mse" in after:
+        best = "below" if after["score_mse"] < after["score_mse/mean"] else "not below"
+        lines.append(f"score_mse {after['score_mse']:.4f} is {best} the best constant's "
+                     f"{after['score_mse/mean']:.4f}")
+    if "rewards/accuracies" in after:
+        lines.append(f"{after['rewards/accuracies']:.0%} of pairs in the right order")
+    return "; ".join(lines)
+
+
+def samples(prompts: Sequence[tuple], before: Sequence[str], after: Sequence[str]) -> str:
+    """Each fixed prompt's last turn with the greedy answer before and after training."""
+    return "\n".join(f"prompt  {p[-1][1]!r}\nbefore  {a!r}\nafter   {b!r}"
+                     for p, a, b in zip(prompts, before, after, strict=True))
+
+
+def next_commands(config: Config, out: Path) -> str:
+    """How to use what the run left."""
+    return (f"adapter {out / 'adapter'}   metrics {out / 'metrics.jsonl'}\n"
+            f"sample  python generate.py --model {config.model} --adapter {out / 'adapter'} "
+            "--prompt TEXT\n"
+            f"merge   python lora.py merge --model {config.model} --adapter {out / 'adapter'} "
+            f"--out {out / 'merged'}")
+
+
+def memory_mib(device: str) -> float:
+    """Peak memory: of the GPU if the run is on one, else of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # Unix only, like the figure
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def write_lines(path: Path, values: Iterable[object]) -> None:
+    path.write_text("".join(json.dumps(v) + "\n" for v in values), "utf-8")
+
+
+def keep_lines(path: Path, count: int) -> None:
+    """Cuts a JSONL file to its first `count` lines, creating it if need be."""
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(lines[:count]), "utf-8")

@@ -1,0 +1,344 @@
+"""Measure, then update: configuration, one optimizer step, the loop, the command line.
+
+Every loss is one line of LOSSES and every step is the same: policy and reference on micro-batches,
+the loss per term, one division by the step's own number of terms, backward, clip, AdamW.
+
+    python train.py --model DIR --data FILE --loss uft --template alpaca --max_length 512
+"""
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import data
+import checkpoint
+import evaluate
+import generate
+import lora
+import losses
+import model
+import report
+import tokens
+from config import Config, parse_flags
+
+
+class Terms(NamedTuple):
+    """What a loss may read of one micro-batch, and the two constants of the whole step."""
+
+    logps: Tensor  # (B,)
+    ref_logps: Tensor | None  # (B,)
+    token_logps: Tensor  # (B, T)
+    mask: Tensor  # (B, T)
+    rewards: Tensor  # (B,)
+    z0: Tensor  # scalar, KTO's reference point
+    tokens_per_row: float  # response tokens, averaged over the rows of the step
+    config: Config
+
+
+class Objective(NamedTuple):
+    """A loss by name: which units it reads, whether it needs pi_ref, and its value per unit."""
+
+    reads: str  # see data.units
+    reference: bool
+    loss: Callable[[Terms], Tensor]
+    start: Callable[[Tensor, Config], Tensor | float] | None  # its value at policy == reference
+
+
+def sides(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(chosen, rejected) of rows that alternate."""
+    return x[0::2], x[1::2]
+
+
+def pair(t: Terms) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    return *sides(t.logps), *sides(t.ref_logps), t.config.beta
+
+
+def row(t: Terms) -> tuple[Tensor, Tensor, Tensor, float]:
+    return t.logps, t.ref_logps, t.rewards, t.config.beta
+
+
+def means(t: Terms) -> tuple[Tensor, Tensor]:
+    return sides(t.logps / t.mask.sum(-1))
+
+
+def half_squared(rewards: Tensor, config: Config) -> Tensor:
+    return (0.5 - rewards).square()
+
+
+LOSSES = {
+    "uft": Objective("rows", True, lambda t: losses.uft(*row(t)), half_squared),
+    "uft_bce": Objective("rows", True, lambda t: losses.uft_bce(*row(t)), lambda r, c: math.log(2)),
+    "una_binary": Objective("labels", True, lambda t: losses.uft(*row(t)), half_squared),
+    "una_pair": Objective("pairs", True, lambda t: losses.una_pair(*pair(t)),
+                          lambda r, c: math.log(2)),
+    "sft": Objective("demonstrations", False, lambda t: losses.sft(t.logps), None),
+    "sft_token_mean": Objective(
+        "demonstrations", False,
+        lambda t: losses.sft_token_mean(t.token_logps, t.mask, t.tokens_per_row), None),
+    "dpo": Objective("pairs", True, lambda t: losses.dpo(*pair(t), t.config.label_smoothing),
+                     lambda r, c: math.log(2)),
+    "ipo": Objective("pairs", True, lambda t: losses.ipo(*pair(t)),
+                     lambda r, c: 1 / (2 * c.beta)**2),
+    "bco_pair": Objective("pairs", True, lambda t: losses.bco_pair(*pair(t)),
+                          lambda r, c: 2 * math.log(2)),
+    "kto": Objective(
+        "labels", True,
+        lambda t: losses.kto(t.logps, t.ref_logps, t.rewards > 0.5, t.z0, t.config.beta,
+                             t.config.desirable_weight, t.config.undesirable_weight),
+        lambda r, c: torch.where(r > 0.5, c.desirable_weight, c.undesirable_weight) / 2),
+    "orpo": Objective("pairs", False, lambda t: losses.orpo(*means(t), t.config.orpo_weight), None),
+    "simpo": Objective(
+        "pairs", False,
+        lambda t: losses.simpo(*means(t), t.config.beta, t.config.simpo_gamma), None),
+}
+
+
+def learning_rate(step: int, steps: int, config: Config) -> float:
+    """Linear warm-up over the first warmup * steps steps, then half a cosine down to zero."""
+    ramp = max(1, round(config.warmup * steps))
+    if step < ramp:
+        return config.lr * (step + 1) / ramp
+    return config.lr * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) / 2
+
+
+def load_data(config: Config, chat: tokens.Chat) -> tuple[list, list, list, list, list]:
+    """(units per file, their weights, held-out units, lines to print, dropped rows).
+
+    ValueError where nothing is left for the loss.
+    """
+    parts = [d.rpartition(":") for d in config.data]
+    specs = [(p, float(w)) if p and w.replace(".", "", 1).isdigit() else (d, 1.0)
+             for d, (p, _, w) in zip(config.data, parts, strict=True)]
+    files, told, dropped, rows = [], [], [], []
+    for path, _ in specs:
+        examples, lost, formats = data.read(path, config.score_range)
+        encoded, long = tokens.encode_all(
+            examples, chat, config.max_length, config.truncate_prompt)
+        rows.append(encoded)
+        dropped += lost + long
+        told.append(f"{path}: {' and '.join(formats)}, {len(encoded)} rows"
+                    + f", {len(lost)} unusable" * bool(lost)
+                    + f", {len(long)} longer than {config.max_length} tokens" * bool(long))
+    held = data.hold_out([e for r in rows for e in r], config.held_out, config.seed)
+    reads = LOSSES[config.loss].reads
+    for i, encoded in enumerate(rows):
+        units, left = data.units([e for e in encoded if e.prompt not in held], reads)
+        files.append(units)
+        told[i] += f"; to train on: {len(units)} {reads}"
+        told[i] += "".join(f", {n} left out ({reason})" for reason, n in left.items())
+    if not any(files):
+        such = f", such as {dropped[0]['where']} ({dropped[0]['reason']})" if dropped else ""
+        raise ValueError(
+            f"nothing is left to train on with --loss {config.loss}. {'. '.join(told)}. Dropped: "
+            f"{len(dropped)} rows{such}. Raise --max_length, give --truncate_prompt true, lower "
+            f"--held_out, or choose data that {config.loss} can read")
+    test = data.grouped([e for r in rows for e in r if e.prompt in held])
+    return files, [w for _, w in specs], test, told, dropped
+
+
+def stream(files: list, weights: list[float], config: Config, start: int) -> Iterator[list]:
+    """The batches of units from step `start` on, for ever: a function of seed and position."""
+    picks = itertools.chain.from_iterable(
+        data.order([len(f) for f in files], weights, config.seed, e) for e in itertools.count())
+    picks = itertools.islice(picks, start * config.batch_size, None)
+    while True:
+        yield [files[f][i] for f, i in itertools.islice(picks, config.batch_size)]
+
+
+def reference_point(net: model.Transformer, rows: list, config: Config) -> Tensor:
+    """KTO's z0 from mismatched rows of the whole step, no gradient; 0 for every other loss."""
+    device, found = next(net.parameters()).device, []
+    others = tokens.mismatch(rows) if config.loss == "kto" else []
+    for group in tokens.micro_batches([[e] for e in others], config.micro_batch_tokens):
+        with torch.no_grad():
+            batch = tokens.collate([e for unit in group for e in unit], device)
+            found.append(evaluate.score(net, batch, reference=True))
+    if not found:
+        return torch.zeros((), device=device)
+    logps, ref_logps = (torch.cat([f[i] for f in found]) for i in (0, 1))
+    return losses.kto_z0(logps, ref_logps)
+
+
+def train_step(
+    net: model.Transformer, optimizer: torch.optim.Optimizer, units: list, config: Config,
+    rate: float,
+) -> dict[str, float]:
+    """One update of the adapters on `units`, and its metrics.
+
+    The gradient is that of sum(loss of every unit) / len(units), however the units are cut into
+    micro-batches. FloatingPointError before the update if loss or gradient is not finite.
+    """
+    objective, device = LOSSES[config.loss], next(net.parameters()).device
+    rows = [e for unit in units for e in unit]
+    z0 = reference_point(net, rows, config)
+    tokens_per_row = sum(len(e.ids) - e.prompt_len for e in rows) / len(rows)
+    loss, parts, kinds, starts = 0.0, [], [], []
+    for group in tokens.micro_batches(units, config.micro_batch_tokens):
+        batch = tokens.collate([e for unit in group for e in unit], device)
+        scores = evaluate.score(net, batch, objective.reference, config.gradient_checkpointing)
+        share = objective.loss(Terms(
+            scores.logps, scores.ref_logps, scores.token_logps, scores.mask, batch.rewards, z0,
+            tokens_per_row, config)).sum() / len(units)
+        share.backward()
+        loss += share.item()
+        starts += [len(kinds) + i for i in evaluate.pair_starts(group)]
+        kinds += batch.kinds
+        parts.append((scores.logps.detach(), scores.ref_logps, batch.rewards))
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        bad = [n for n, p in net.named_parameters()
+               if p.grad is not None and not p.grad.isfinite().all()]
+        raise FloatingPointError(f"loss is {loss}, gradient norm {norm}, first bad tensor "
+                                 f"{bad[0] if bad else 'none'}, rows {[e.where for e in rows]}")
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    logps, refs, rewards = zip(*parts, strict=True)
+    refs = torch.cat(refs).cpu() if objective.reference else None
+    return {"loss": loss, "grad_norm": norm, "learning_rate": rate} | evaluate.measure(
+        torch.cat(logps).cpu(), refs, torch.cat(rewards).cpu(), kinds, starts, config.beta)
+
+
+@torch.no_grad()
+def self_check(net: model.Transformer, units: list, config: Config) -> str:
+    """Before the first update the implicit reward is exactly 0 and the loss its closed form.
+
+    ValueError when not: then policy and reference differ for another reason than training.
+    """
+    objective, device = LOSSES[config.loss], next(net.parameters()).device
+    group = tokens.micro_batches(units, config.micro_batch_tokens)[-1]
+    batch = tokens.collate([e for unit in group for e in unit], device)
+    scores = evaluate.score(net, batch, reference=True)
+    u = losses.implicit_reward(scores.logps, scores.ref_logps, config.beta).abs().max().item()
+    z0, tokens_per_row = torch.zeros((), device=device), scores.lengths.double().mean().item()
+    loss = objective.loss(Terms(*scores, batch.rewards, z0, tokens_per_row, config)).mean().item()
+    said, wrong = f"implicit reward at step 0: {u:g} (expected 0)   loss {loss:.6f}", u != 0
+    if objective.start:
+        expected = torch.as_tensor(objective.start(batch.rewards, config)).double().mean().item()
+        said += f" (expected {expected:.6f})"
+        wrong |= abs(loss - expected) > 1e-5 * max(1, abs(expected))
+    if wrong:
+        raise ValueError(f"self-check failed: {said}. Policy and reference differ before training")
+    return said + "   ok"
+
+
+def run_folder(config: Config) -> Path:
+    """config.out, or the next free runs/NNNN; ValueError where a run lies there already."""
+    taken = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
+    out = Path(config.out or f"runs/{max(taken, default=0) + 1:04}")
+    if (out / "config.json").exists() and not config.resume:
+        raise ValueError(f"--out {out} holds a run already: choose another, or --resume true")
+    return out
+
+
+def train(config: Config) -> Path:
+    """A whole run; returns its folder.   ValueError for whatever a user can set right."""
+    folder, out = model.resolve(config.model), run_folder(config)
+    context = model.ModelConfig.from_folder(folder).max_position_embeddings
+    if config.max_length > context:
+        raise ValueError(f"--max_length {config.max_length} is more than the model's context of "
+                         f"{context} tokens (max_position_embeddings): give --max_length {context}")
+    chat = tokens.Chat(folder, config.template)
+    files, weights, test, told, dropped = load_data(config, chat)
+    net = model.load(folder, getattr(torch, config.dtype), config.device)
+    torch.manual_seed(config.seed)
+    lora.inject(net, config.lora_r, config.lora_alpha, config.lora_targets, config.lora_dropout)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad],
+                                  lr=config.lr, weight_decay=config.weight_decay)
+    size = sum(round(w * len(f)) for f, w in zip(files, weights, strict=True))
+    steps = config.steps or math.ceil(config.epochs * size / config.batch_size)
+    state = {"step": 0, "num_tokens": 0}
+    out.mkdir(parents=True, exist_ok=True)
+    if config.resume:
+        state = checkpoint.resume(net, optimizer, out, asdict(config))
+    else:
+        report.write_json(out / "config.json", asdict(config))
+    report.write_lines(out / "dropped.jsonl", dropped)
+    print(report.header(net, config, told, len(dropped), steps, out))
+    batches = stream(files, weights, config, state["step"])
+    first = next(stream(files, weights, config, 0))
+    print(report.example(first[0][0], chat))
+    if not config.resume:
+        print("check   " + self_check(net, first, config), flush=True)
+    prompts = [unit[0].prompt for unit in (test or first)][:3 if config.sample_tokens else 0]
+    look = (net, chat, prompts, config.sample_tokens)
+    measure = (net, test, config.beta, config.micro_batch_tokens)
+    with lora.disabled(net):
+        answers = generate.complete(*look)
+        before = evaluate.held_out(*measure) if test else {}
+    run_steps(net, optimizer, batches, state, steps, size, config, out)
+    lora.save(net, out / "adapter", str(config.model))
+    chat.save(out / "adapter")
+    print(report.samples(prompts, answers, generate.complete(*look)))
+    if test:
+        after = evaluate.held_out(*measure)
+        print(report.table(before, after) + "\n" + report.verdict(after))
+    print(report.next_commands(config, out))
+    return out
+
+
+def run_steps(
+    net: model.Transformer, optimizer: torch.optim.Optimizer, batches: Iterator[list], state: dict,
+    steps: int, size: int, config: Config, out: Path,
+) -> None:
+    """Trains from state["step"] to `steps`: a line of metrics.jsonl each, then a checkpoint."""
+    report.keep_lines(out / "metrics.jsonl", state["step"])
+    bar, began = report.progress(steps, state["step"]), time.perf_counter()
+    start = state["step"]
+    with bar, open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
+        for step in range(start, steps):
+            clock, units = time.perf_counter(), next(batches)
+            rate = learning_rate(step, steps, config)
+            try:
+                metrics = train_step(net, optimizer, units, config, rate)
+            except (FloatingPointError, RuntimeError) as error:
+                raise stopped(error, step, units, config, out) from error
+            count = sum(len(e.ids) for unit in units for e in unit)
+            state = {"step": step + 1, "num_tokens": state["num_tokens"] + count}
+            now = time.perf_counter()
+            metrics = state | metrics | {
+                "epoch": (step + 1) * config.batch_size / size,
+                "tokens_per_s": count / (now - clock), "mem_mib": report.memory_mib(config.device)}
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            left = (now - began) / (step + 1 - start) * (steps - step - 1)
+            report.step(bar, metrics, steps, left)
+            if step + 1 == steps or config.save_every and (step + 1) % config.save_every == 0:
+                checkpoint.save(net, optimizer, out, state)
+
+
+def stopped(error: Exception, step: int, units: list, config: Config, out: Path) -> Exception:
+    """What a user is told when a step fails: numbers or memory; other errors are ours."""
+    if isinstance(error, FloatingPointError):
+        report.write_lines(out / "bad_batch.jsonl", [asdict(e) for unit in units for e in unit])
+        return ValueError(f"step {step + 1}: {error}. Usual causes: --lr {config.lr} too high, "
+                          f"damaged weights. The batch is saved in {out / 'bad_batch.jsonl'}")
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return ValueError(
+            f"out of memory at step {step + 1}. Try in this order: --micro_batch_tokens "
+            f"{config.micro_batch_tokens // 2}, --gradient_checkpointing true, --dtype bfloat16, "
+            f"--max_length {config.max_length // 2}")
+    return error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_flags(argv)
+    try:
+        train(config)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
