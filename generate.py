@@ -47,6 +47,8 @@ def sample(
     The generator lives on the CPU or the model's device; a response never depends on its batch
     at temperature 0. Adapters, if any, are on; dropout is off while sampling.
     """
+    if not prompts:
+        return []
     device, training = next(net.parameters()).device, net.training
     net.eval()
     responses: list[list[int]] = [[] for _ in prompts]
