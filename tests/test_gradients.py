@@ -4,12 +4,12 @@ l_i = log pi_theta(y_i|x_i) is the only road from a loss to the parameters, so t
 decide everything. A float64 model with adapters; the reference l0 is the model without them.
 """
 import pytest
+import tiny
 import torch
 from torch.nn.functional import one_hot
 
 import lora
 import losses
-import tiny
 
 BETA = 0.3
 LENGTHS = ((3, 4), (2, 6), (5, 2), (1, 3), (4, 5), (2, 2))  # (prompt, response) of each row
@@ -176,7 +176,7 @@ def test_a_step_on_uft_makes_a_demonstration_likelier():
 
 
 @pytest.mark.parametrize(("eps", "low", "high"),
-                         [(1e-30, 0, 1e-9), (1e-8, 1e-9, 1e-2), (1e-6, 1e-7, 1)])
+                         [(1e-30, 0, 1e-12), (1e-8, 1e-4, 1e-2), (1e-6, 1e-2, 1)])
 def test_the_first_adamw_step_on_uft_is_that_on_sft_but_for_eps(eps, low, high):
     """A common factor beta / 4 cancels in g / (sqrt(g^2) + eps); difference per learning rate.
 

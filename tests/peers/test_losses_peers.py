@@ -195,7 +195,7 @@ def test_simpo_is_that_of_trl(gamma):
 def test_smoothed_dpo_under_a_uniform_reference_is_cpo_of_trl():
     """TRL's DPOTrainer lacks conservative DPO; its CPO is that with a constant reference.
 
-    Red: losses.py:dpo: `-(1 - label_smoothing)` -> `-`
+    Red: losses.py:dpo: `-(1 - label_smoothing)` -> `-1`
     """
     l, ref = tokens(1).detach().sum(-1).requires_grad_(), torch.full((PAIRS,), -3.0)
     trainer = stub(CPOTrainer, loss_type="sigmoid", alpha=0.0, label_smoothing=0.1)
