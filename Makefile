@@ -1,0 +1,27 @@
+# make test         environment, then the whole core suite (CPU, no network after installation)
+# make test-peers   parity with transformers, PEFT and TRL, in an environment of their own
+# make red          every mutation that a test names, applied to a copy: each must turn its test red
+# make TORCH_INDEX=URL ...   takes torch from another index, such as PyTorch's own CPU builds
+PYTHON ?= python3
+TORCH_INDEX ?=
+ONE = OMP_NUM_THREADS=1
+
+test: .venv/ready
+	$(ONE) .venv/bin/python -m pytest
+
+test-peers: .venv-peers/ready
+	$(ONE) .venv-peers/bin/python -m pytest tests/peers
+
+red: .venv/ready
+	$(ONE) .venv/bin/python tests/red.py
+
+.venv/ready: requirements.txt
+.venv-peers/ready: requirements-peers.txt requirements.txt
+%/ready:
+	$(PYTHON) -m venv $* || { echo "python3-venv is missing: install it first"; exit 1; }
+	$*/bin/pip install -q --disable-pip-version-check $(TORCH_INDEX:%=--index-url %) \
+		$$(grep '^torch==' requirements.txt)
+	$*/bin/pip install -q --disable-pip-version-check -r $<
+	touch $@
+
+.PHONY: test test-peers red
