@@ -27,7 +27,8 @@ from torch import Tensor, nn
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KEY = "base_model.model.{}.lora_{}.weight"  # PEFT's name for half an adapter
 REFUSED = ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "layers_to_transform",
-           "layer_replication", "exclude_modules", "target_parameters", "trainable_token_indices")
+           "layer_replication", "exclude_modules", "target_parameters", "trainable_token_indices",
+           "init_lora_weights", "use_qalora", "use_bdlora", "alora_invocation_tokens")
 
 
 class LoRALinear(nn.Module):
@@ -66,10 +67,9 @@ def matching(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     name, or "all-linear" (everything but lm_head). A target that matches nothing: ValueError.
     """
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)]
-    if targets == "all-linear":
-        targets = r"(?!.*\blm_head$).*"
     listed = [] if isinstance(targets, str) else targets
-    patterns = {t: rf"(.*\.)?{re.escape(t)}" for t in listed} or {targets: targets}
+    patterns = {t: rf"(.*\.)?{re.escape(t)}" for t in listed} or {
+        targets: r"(?!.*\blm_head$).*" if targets == "all-linear" else targets}
     found = {t: [n for n in linear if re.fullmatch(p, n)] for t, p in patterns.items()}
     for target in (t for t in found if not found[t]):
         last = sorted({n.split(".")[-1] for n in linear})
@@ -84,14 +84,8 @@ def attach(model: nn.Module, name: str, r: int, scale: float, dropout: float) ->
     return layer
 
 
-def inject(
-    model: nn.Module,
-    r: int,
-    alpha: float,
-    targets: str | Sequence[str] = TARGETS,
-    dropout: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> None:
+def inject(model: nn.Module, r: int, alpha: float, targets: str | Sequence[str] = TARGETS,
+           dropout: float = 0.0, generator: torch.Generator | None = None) -> None:
     """Freezes the model and puts fresh adapters on `targets`: A uniform in +-1/sqrt(I), B zero.
 
     Draws on the CPU, so one seed gives one adapter on every device.
@@ -108,16 +102,15 @@ def inject(
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is pi_ref: the frozen base, bit for bit."""
-    layers = list(adapters(model).values())
-    if any(layer.merged for layer in layers):
+    before = {layer: layer.enabled for layer in adapters(model).values()}
+    if any(layer.merged for layer in before):
         raise ValueError("a merged model holds no reference: call lora.unmerge first")
-    before = [layer.enabled for layer in layers]
     try:
-        for layer in layers:
+        for layer in before:
             layer.enabled = False
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
+        for layer, enabled in before.items():
             layer.enabled = enabled
 
 
@@ -181,12 +174,15 @@ def read(folder: str | Path) -> tuple[dict, dict[str, tuple[Tensor, Tensor, floa
         raise ValueError(f"{folder} is not an adapter folder: {missing[0]} is missing")
     try:
         config, tensors = json.loads(where.read_text("utf-8")), load_file(path)
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: adapter file is broken: {error}") from None
-    plain = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(REFUSED)
-    for key, value in plain.items():
+    if config.get("init_lora_weights") in (True, "gaussian"):  # the others change the base
+        del config["init_lora_weights"]
+    for key, value in ({"peft_type": "LORA", "bias": "none"} | dict.fromkeys(REFUSED)).items():
         if (config.get(key, value) or None) != value:
             raise ValueError(f"{where}: {key} = {config[key]!r} is not supported, only plain LoRA")
+    if lost := [k for k in ("r", "lora_alpha", "target_modules") if not config.get(k)]:
+        raise ValueError(f"{where}: {lost[0]} is missing")
     layers = {}
     for key in tensors:
         name = re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", key)
@@ -196,9 +192,10 @@ def read(folder: str | Path) -> tuple[dict, dict[str, tuple[Tensor, Tensor, floa
                     for kind, default in (("rank", "r"), ("alpha", "lora_alpha")))
         if key not in (KEY.format(name, "A"), KEY.format(name, "B")) or a is None or b is None:
             raise ValueError(f"{path}: {key} is not half of a pair like {KEY.format('NAME', 'A')}")
-        if (a.shape[0], b.shape[1]) != (r, r) or not (a.isfinite().all() and b.isfinite().all()):
+        if type(alpha) not in (int, float) or a.shape[:-1] + b.shape[1:] != (r, r) or not all(
+                t.isfinite().all() for t in (a, b, torch.tensor(alpha))):
             raise ValueError(f"{path}: {name} has A {tuple(a.shape)}, B {tuple(b.shape)}, "
-                             f"expected finite numbers of rank {r}")
+                             f"lora_alpha {alpha!r}, expected finite numbers of rank {r}")
         layers[name] = (a, b, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
     return config, layers
 
@@ -210,16 +207,17 @@ def load(model: nn.Module, folder: str | Path) -> None:
     when a shape does not fit.
     """
     config, layers = read(folder)
-    base = f"it was trained on {config.get('base_model_name_or_path')}"
-    if odd := sorted(set(matching(model, config["target_modules"])) ^ set(layers)):
-        raise ValueError(f"{folder}: adapter and model differ in {len(odd)} layers, "
-                         f"first {odd[0]}; {base}")
+    if adapters(model):
+        raise ValueError("the model already carries adapters: merge and remove them first")
+    want = {n: (len(b), a.shape[1]) for n, (a, b, _) in layers.items()}
+    have = {n: tuple(model.get_submodule(n).weight.shape)
+            for n in matching(model, config["target_modules"])}
+    if odd := sorted(n for n in want | have if want.get(n) != have.get(n)):
+        raise ValueError(f"{folder}: adapter and model differ in {len(odd)} layers, first {odd[0]}:"
+                         f" {want.get(odd[0], 'nothing')} there, {have.get(odd[0], 'no target')} "
+                         f"here; it was trained on {config.get('base_model_name_or_path')}")
     model.requires_grad_(False)
     for name, (a, b, scale) in layers.items():
-        want, have = (b.shape[0], a.shape[1]), tuple(model.get_submodule(name).weight.shape)
-        if want != have:
-            raise ValueError(f"{folder}: adapter expects {name} of shape {want}, "
-                             f"the model has {have}; {base}")
         layer = attach(model, name, len(a), scale, config.get("lora_dropout", 0.0))
         layer.lora_A.data.copy_(a)
         layer.lora_B.data.copy_(b)
@@ -234,18 +232,19 @@ def merge_folders(model: str | Path, adapter: str | Path, out: str | Path) -> in
     model, adapter, out = Path(model), Path(adapter), Path(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty: choose another --out")
-    _, layers = read(adapter)
-    left = set(layers)
+    layers = read(adapter)[1]
+    shards = {path.name: load_file(path) for path in sorted(model.glob("*.safetensors"))}  # mapped
+    shapes = {n: t.shape for tensors in shards.values() for n, t in tensors.items()}
+    want = {f"{name}.weight": (len(b), a.shape[1]) for name, (a, b, _) in layers.items()}
+    if odd := sorted(name for name in want if shapes.get(name) != want[name]):
+        raise ValueError(f"{model} has no {odd[0]} of shape {want[odd[0]]}, which {adapter} adapts")
     out.mkdir(parents=True, exist_ok=True)
-    for shard in sorted(model.glob("*.safetensors")):
-        tensors = load_file(shard)
+    for shard, tensors in shards.items():
         for name in [n for n in layers if f"{n}.weight" in tensors]:
             (a, b, scale), weight = layers[name], tensors[f"{name}.weight"]
             tensors[f"{name}.weight"] = (weight.float() + scale * b @ a).to(weight.dtype)
-            left.discard(name)
-        save_file(tensors, out / shard.name, metadata={"format": "pt"})
-    if left:
-        raise ValueError(f"{model} has no tensor {min(left)}.weight, which {adapter} adapts")
+        save_file(tensors, out / shard, metadata={"format": "pt"})
+        tensors.clear()
     for file in [*model.iterdir(), *adapter.iterdir()]:
         if file.suffix in (".json", ".jinja", ".model", ".txt") and "adapter" not in file.name:
             shutil.copyfile(file, out / file.name)
@@ -261,8 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         count = merge_folders(args.model, args.adapter, args.out)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"lora.py: {error}\n")
+    except (ValueError, OSError, SafetensorError) as error:
+        parser.exit(2, f"lora.py: merging {args.adapter} into {args.model}: {error}\n")
     print(f"{args.out}: {count} layers merged, opens like any Hugging Face folder")
 
 
