@@ -29,7 +29,9 @@ def next_token(
     probs, ids = (logits_BV / temperature).softmax(-1).sort(-1, descending=True)
     before = probs.cumsum(-1) - probs
     probs = probs.masked_fill(before >= top_p, 0)
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+    place = generator.device if generator else probs.device
+    drawn = torch.multinomial(probs.to(place), 1, generator=generator).to(probs.device)
+    return ids.gather(-1, drawn)[:, 0]
 
 
 @torch.no_grad()
@@ -44,8 +46,8 @@ def sample(
 ) -> list[list[int]]:
     """A response to each prompt: up to max_new_tokens ids, the last a stop id if one was drawn.
 
-    The generator lives on the CPU or the model's device; a response never depends on its batch
-    at temperature 0. Adapters, if any, are on; dropout is off while sampling.
+    Draws are made on the generator's device. At temperature 0 a response does not depend on its
+    batch. Adapters, if any, are on; dropout is off while sampling.
     """
     if not prompts:
         return []
