@@ -18,7 +18,7 @@ class Config:
 
     model: str = flag("", "model folder or Hugging Face id")
     data: tuple[str, ...] = flag((), "FILE or FILE:WEIGHT, repeatable; WEIGHT is passes per epoch")
-    loss: str = flag("uft", "what to minimise: a name in train.LOSSES")
+    loss: str = flag("uft", "what to minimise: %(choices)s")
     beta: float = flag(0.01, "scale of the implicit reward (paper: 0.01)")
     lr: float = flag(3e-5, "peak learning rate (paper: 3e-5)")
     warmup: float = flag(0.1, "share of the steps spent warming up, before a cosine to zero")
@@ -28,7 +28,7 @@ class Config:
     steps: int = flag(0, "optimizer steps")
     max_length: int = flag(2048, "tokens of prompt and response; longer rows are dropped")
     truncate_prompt: bool = flag(False, "cut long prompts from the left instead")
-    template: str = flag("checkpoint", "checkpoint (its own), mistral-inst, chatml, alpaca, plain")
+    template: str = flag("checkpoint", "how conversations are written: %(choices)s")
     score_range: tuple[float, float] = flag((0.0, 1.0), "LOW,HIGH of a `score` column")
     held_out: int = flag(64, "rows kept aside, by prompt, to measure before and after")
     lora_r: int = flag(16, "rank (paper: 16)")
@@ -42,7 +42,7 @@ class Config:
     undesirable_weight: float = flag(1.0, "kto: weight of bad rows")
     orpo_weight: float = flag(0.1, "orpo: weight of the odds ratio")
     simpo_gamma: float = flag(0.5, "simpo: margin")
-    dtype: str = flag("float32", "of the frozen weights: float32 or bfloat16")
+    dtype: str = flag("float32", "of the frozen weights: %(choices)s")
     device: str = flag("cpu", "cpu, cuda or mps")
     gradient_checkpointing: bool = flag(False, "less memory, one more forward pass")
     sample_tokens: int = flag(48, "length of the three samples before and after; 0 for none")
@@ -78,20 +78,27 @@ def boolean(text: str) -> bool:
     return text == "true"
 
 
-def parse_flags(argv: Sequence[str] | None) -> Config:
-    """The Config that a command line spells: --data repeats, other tuples are lists with commas."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune on feedback.")
-    read = {bool: boolean, tuple[str, ...]: lambda text: tuple(text.split(",")),
-            tuple[float, float]: lambda text: tuple(map(float, text.split(",")))}
+def parse_flags(argv: Sequence[str] | None, choices: dict[str, Sequence[str]]) -> Config:
+    """The Config that a command line spells: --data repeats, other tuples are lists with commas.
+
+    choices limits flags to the names given. Exits with code 2 and a sentence on a wrong flag.
+    """
+    parser = argparse.ArgumentParser(
+        prog="train.py", usage="train.py --model DIR --data FILE [--FLAG VALUE ...]   (see --help)")
+    read = {bool: (boolean, "BOOL"), int: (int, "N"), float: (float, "X"), str: (str, "NAME"),
+            tuple[str, ...]: (lambda text: tuple(text.split(",")), "A,B"),
+            tuple[float, float]: (lambda text: tuple(map(float, text.split(","))), "LOW,HIGH")}
     for f in fields(Config):
-        repeats = {"action": "append"} if f.name == "data" else {}
-        shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        (kind, shape), default = read[f.type], f.default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        if f.name == "data":
+            kind, shape, default = str, "FILE", []
         parser.add_argument(
-            f"--{f.name}", default=f.default or None if repeats else f.default, metavar="",
-            type=str if repeats else read.get(f.type, f.type),
-            help=f.metadata["help"] + f" [{str(shown).lower()}]" * (shown != ""), **repeats)
+            f"--{f.name}", default=default, type=kind, metavar=shape, choices=choices.get(f.name),
+            action="append" if f.name == "data" else "store",
+            help=f.metadata["help"] + f" [{str(shown).lower()}]" * (shown != ""))
     given = vars(parser.parse_args(argv))
     try:
-        return Config(**given | {"data": tuple(given["data"] or ())})
+        return Config(**given | {"data": tuple(given["data"])})
     except ValueError as error:
         parser.exit(2, f"train.py: {error}\n")

@@ -332,7 +332,9 @@ def stopped(error: Exception, step: int, units: list, config: Config, out: Path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse_flags(argv)
+    names = {"loss": tuple(LOSSES), "template": ("checkpoint", *tokens.TEMPLATES),
+             "dtype": ("float32", "bfloat16")}
+    config = parse_flags(argv, names)
     try:
         train(config)
     except (ValueError, OSError) as error:
