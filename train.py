@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import data
 import checkpoint
+import data
 import evaluate
 import generate
 import lora
