@@ -271,8 +271,9 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), float32 at least. Only ever call it on the positions you need."""
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(hidden, head.weight).to(torch.promote_types(hidden.dtype, torch.float32))
+        tied = self.config.tie_word_embeddings
+        logits = F.linear(hidden, self.model.embed_tokens.weight) if tied else self.lm_head(hidden)
+        return logits.to(torch.promote_types(hidden.dtype, torch.float32))
 
     def response_logps(self, ids_BT: Tensor, response_mask_BT: Tensor,
                        checkpointing: bool = False) -> tuple[Tensor, Tensor]:
@@ -360,8 +361,7 @@ def load(folder: str | Path, dtype: torch.dtype, device: str | torch.device = "c
                     if name in state:
                         raise ValueError(f"{path}: {name} lies in another shard too")
                     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-                        raise ValueError(f"{path}: {name} is {tensor.dtype}: quantised weights "
-                                         "are not supported")
+                        raise ValueError(f"{path}: {name} is quantised to {tensor.dtype}")
                     state[name] = tensor.to(dtype)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}): download it "

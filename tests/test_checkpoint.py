@@ -98,7 +98,7 @@ TAMPERED = {
     "nan": (NAMED, torch.full((24, 16), math.nan), "NaN"),
     "infinite": (NAMED, torch.full((24, 16), -math.inf), "infinity"),
     "int8": (NAMED, torch.ones(24, 16, dtype=torch.int8), "quantised"),
-    "float8": (NAMED, torch.ones(24, 16).to(torch.float8_e4m3fn), "quantised"),
+    "float8": (NAMED, torch.ones(24, 16).to(torch.float8_e4m3fn), "quantised to torch.float8"),
 }
 
 

@@ -233,6 +233,20 @@ def test_a_target_that_matches_nothing_is_an_error(targets):
         lora.inject(tiny.transformer(), 2, 2, targets)
 
 
+def test_an_adapter_on_the_head_moves_the_logps():
+    """The head is a layer like the others: its adapter learns, and merging it changes nothing.
+
+    Red: model.py:Transformer.logits: `self.lm_head(hidden)` -> `hidden @ self.lm_head.weight.T`
+    """
+    net, base = adapted(targets=("lm_head",)), tiny.transformer()
+    want = logits(net)
+    assert (want - logits(base)).abs().max() > 1e-3
+    loss(net).backward()
+    assert all(p.grad.abs().max() > 0 for p in net.parameters() if p.requires_grad)
+    lora.merge(net)
+    torch.testing.assert_close(logits(net), want, rtol=0, atol=1e-10)
+
+
 def test_a_second_injection_is_an_error():
     """It would drop the first adapter without a word.
 
