@@ -48,7 +48,8 @@ def rows(path: Path) -> Iterator[tuple[str, dict]]:
         yield from ((f"{path}:{i}", row) for i, row in enumerate(table, 1))
         return
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        whole = path.name.removesuffix(".gz").endswith(".json") and file.read(1) == b"["
+        first = file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # behind a BOM, if any
+        whole = path.name.removesuffix(".gz").endswith(".json") and first == b"["
         file.seek(0)
         for number, line in enumerate([file.read()] if whole else file, 1):
             if not line.strip():
@@ -72,6 +73,7 @@ def refuse_constant(name: str) -> None:
 def text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a text, found {str(value)[:80]!r}")
+    value.encode()  # a lone surrogate is a ValueError: no tokenizer takes it
     return value
 
 
@@ -184,7 +186,7 @@ FORMATS: tuple[tuple[set[str], Callable[[dict, str], list[Example]], str], ...] 
     ({"chosen", "rejected"}, read_pair, "pairs"),  # the first whose columns are all there wins
     ({"prompt", "response", "helpfulness", "correctness", "coherence"}, read_helpsteer,
      "HelpSteer2 scores"),
-    ({"label", "response"}, read_label, "labels"),
+    ({"label", "prompt", "response"}, read_label, "labels"),
     ({"label", "messages"}, read_label, "labels"),
     ({"prompt", "response", "score"}, read_score, "scores"),
     ({"messages"}, read_messages, "conversations"),
@@ -214,12 +216,14 @@ def read(path: str | Path, score_range: tuple[float, float] = (0, 1)) -> tuple[l
         try:
             name, found = parse(row, where, score_range)
             formats[name] += 1
+            if not found:
+                raise Skip("no assistant turn")
             if not all(e.prompt and e.response.strip() for e in found):
                 raise Skip("empty prompt or response")
             examples += found
         except Skip as reason:
             dropped.append({"where": where, "reason": str(reason)})
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise ValueError(f"{where}: {error}") from None
     if not examples:
         raise ValueError(f"{path} holds no usable row ({len(dropped)} dropped)")
