@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from torch import Tensor
 
-GUARD = "\ufdd0"  # a Unicode noncharacter: no token merges with it, and `ids` drops it again
+GUARD = "\U0010ffff"  # a Unicode noncharacter: no token merges with it, and `ids` drops it again
 TEMPLATES = {  # by name; "checkpoint" is the one that comes with the model or the adapter
     "mistral-inst": """{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}\
 {{ ' ' + m.content + eos_token }}{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}\
@@ -104,7 +104,10 @@ def compile_template(source: str):
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source))
+    try:
+        return environment.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source))
+    except TemplateError as error:
+        raise ValueError(f"the chat template is broken: {error}") from None
 
 
 class Chat:
@@ -174,7 +177,7 @@ class Chat:
         try:
             return self.template.render(messages=listed, add_generation_prompt=generation,
                                         bos_token=self.bos, eos_token=self.eos)
-        except (TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a template may raise anything
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
     def guard(self, text: str) -> str:
@@ -209,11 +212,13 @@ class Chat:
 
 
 def encode(example, chat: Chat, max_length: int, truncate_prompt: bool = False) -> Encoded:
-    """The Encoded row of a data.Example.   Skip where it exceeds max_length tokens.
+    """The Encoded row of a data.Example.   Skip beyond max_length tokens, or with no prompt token.
 
     truncate_prompt cuts such a prompt from the left, behind its BOS; a response is never cut.
     """
     prompt, answer = chat.prompt_ids(example.prompt), chat.response_ids(example.response)
+    if not prompt:
+        raise Skip("the prompt has no token")
     if len(prompt) + len(answer) > max_length:
         keep = prompt[:1] if prompt[0] == chat.bos_id else []
         room = max_length - len(answer) - len(keep)
