@@ -291,7 +291,7 @@ def order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int)
     """(file, row) in the order of one epoch: a pure function, so position p resumes at [p:].
 
     A file of weight w gives round(w * size) rows an epoch, walking its own endless sequence of
-    shuffles: every row is seen floor(w) to ceil(w) times, and over 1/w epochs all of them.
+    shuffles: after any number of epochs its rows were seen equally often, give or take one.
     """
     picks = []
     for file, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
