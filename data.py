@@ -151,7 +151,7 @@ def read_label(row: dict, where: str) -> list[Example]:
     if row["label"] not in (True, False):
         raise ValueError(f"label must be true or false, found {row['label']!r}")
     if "response" not in row:
-        row = {"prompt": row["messages"][:-1], "response": row["messages"][-1]}
+        row = row | {"prompt": row["messages"][:-1], "response": row["messages"][-1]}
     return response(row, where, float(row["label"]), "chosen" if row["label"] else "rejected")
 
 
