@@ -144,7 +144,8 @@ def read_score(row: dict, where: str) -> list[Example]:
 def read_helpsteer(row: dict, where: str) -> list[Example]:
     """r = (.65 helpfulness + .8 correctness + .45 coherence) / 7.6, attributes 0 to 4.   UNA 4.1"""
     h, c, k = (4 * scaled(row[n], n, 0, 4) for n in ("helpfulness", "correctness", "coherence"))
-    return response(row, where, (0.65 * h + 0.8 * c + 0.45 * k) / 7.6, "scored")
+    reward = (13 * h + 16 * c + 9 * k) / 152  # both in twentieths: ties and 1/2 come out exact
+    return response(row, where, reward, "scored")
 
 
 def read_label(row: dict, where: str) -> list[Example]:
