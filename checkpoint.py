@@ -32,16 +32,16 @@ def resume(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: 
 
     ValueError where there is none, or where `config` (a plain dict) is not the one it ran with.
     """
-    found = sorted((out / "checkpoints").glob("step-*/state.json"),
-                   key=lambda p: int(p.parent.name.removeprefix("step-")))
-    if not found:
+    folders = {p.name: p for p in (out / "checkpoints").glob("step-*") if not p.suffix}
+    if not folders:
         raise ValueError(f"cannot resume {out}: it holds no checkpoint")
     old = json.loads((out / "config.json").read_text("utf-8"))
     for key, now in json.loads(json.dumps(config)).items():
         if key not in ("resume", "save_every", "out") and old.get(key) != now:
             raise ValueError(f"cannot resume {out}: {key} was {old.get(key)!r} and is now {now!r}. "
                              "Use the old value, or start a new run with another --out")
-    folder, state = found[-1].parent, json.loads(found[-1].read_text("utf-8"))
+    folder = max(folders.values(), key=lambda p: int(p.name.removeprefix("step-")))
+    state = json.loads((folder / "state.json").read_text("utf-8"))
     layers, tensors = lora.adapters(net), load_file(folder / "optimizer.safetensors")
     for name, (a, b, _) in lora.read(folder)[1].items():
         layers[name].lora_A.data.copy_(a)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+import torch
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -53,23 +55,27 @@ class Config:
 
     def __post_init__(self) -> None:
         """ValueError names the flag."""
-        rules = {
-            "model": bool(self.model), "data": bool(self.data),
-            "beta": 0 < self.beta < math.inf, "lr": 0 <= self.lr < math.inf,
-            "warmup": 0 <= self.warmup <= 1, "batch_size": self.batch_size > 0,
-            "micro_batch_tokens": self.micro_batch_tokens > 0, "max_length": self.max_length > 1,
-            "epochs": 0 < self.epochs < math.inf, "steps": self.steps >= 0,
-            "lora_r": self.lora_r > 0, "lora_alpha": 0 < self.lora_alpha < math.inf,
-            "score_range": self.score_range[0] < self.score_range[-1],
-            "held_out": self.held_out >= 0, "sample_tokens": self.sample_tokens >= 0,
-            "lora_dropout": 0 <= self.lora_dropout < 1, "max_grad_norm": self.max_grad_norm > 0,
-            "label_smoothing": 0 <= self.label_smoothing < 0.5,
-            "dtype": self.dtype in ("float32", "bfloat16"), "seed": self.seed >= 0,
-        }
-        helps = {f.name: f.metadata["help"] for f in fields(self)}
-        for name in (n for n, good in rules.items() if not good):
-            found = getattr(self, name) or "nothing"
-            raise ValueError(f"--{name}: found {found!r}, expected {helps[name]}")
+        rules = (
+            ("something", bool, "model data"), ("0 to 1", lambda x: 0 <= x <= 1, "warmup"),
+            ("0 to below 1", lambda x: 0 <= x < 1, "lora_dropout"),
+            ("0 to below 1/2", lambda x: 0 <= x < 0.5, "label_smoothing"),
+            ("2 or more", lambda x: x > 1, "max_length"),
+            ("a number above 0", lambda x: 0 < x < math.inf,
+             "beta epochs batch_size micro_batch_tokens lora_r lora_alpha max_grad_norm"),
+            ("0 or more", lambda x: 0 <= x < math.inf, "lr steps held_out seed weight_decay "
+             "desirable_weight undesirable_weight orpo_weight simpo_gamma sample_tokens save_every"),
+            ("LOW,HIGH with LOW < HIGH", lambda x: len(x) == 2 and x[0] < x[1], "score_range"))
+        for wanted, good, names in rules:
+            for name in (n for n in names.split() if not good(getattr(self, n))):
+                raise ValueError(f"--{name}: found {getattr(self, name)!r}, expected {wanted}")
+
+
+def check_device(name: str) -> None:
+    """ValueError where torch, as it is installed here, cannot use the device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {error}".split("\n")[0]) from None
 
 
 def boolean(text: str) -> bool:
@@ -83,8 +89,8 @@ def parse_flags(argv: Sequence[str] | None, choices: dict[str, Sequence[str]]) -
 
     choices limits flags to the names given. Exits with code 2 and a sentence on a wrong flag.
     """
-    parser = argparse.ArgumentParser(
-        prog="train.py", usage="train.py --model DIR --data FILE [--FLAG VALUE ...]   (see --help)")
+    usage = "train.py --model DIR --data FILE [--FLAG VALUE ...]   (see --help)"
+    parser = argparse.ArgumentParser("train.py", usage, allow_abbrev=False)
     read = {bool: (boolean, "BOOL"), int: (int, "N"), float: (float, "X"), str: (str, "NAME"),
             tuple[str, ...]: (lambda text: tuple(text.split(",")), "A,B"),
             tuple[float, float]: (lambda text: tuple(map(float, text.split(","))), "LOW,HIGH")}

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import config
 import data
 import lora
 import losses
@@ -27,11 +28,6 @@ class Scores(NamedTuple):
     ref_logps: Tensor | None  # (B,) the same with the adapters off, no gradient
     token_logps: Tensor  # (B, T), zero outside the mask
     mask: Tensor  # (B, T)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Response tokens per row, (B,)."""
-        return self.mask.sum(-1)
 
 
 def score(
@@ -62,11 +58,10 @@ def measure(
     if ref_logps is None:
         return out
     u = losses.implicit_reward(logps, ref_logps, beta)
-    out |= {f"rewards/{k}": u[rows].mean().item() for k, rows in of.items()}
-    out |= {f"dlogp/{k}": (logps - ref_logps)[rows].mean().item() for k, rows in of.items()}
+    for name, x in (("rewards", u), ("dlogp", logps - ref_logps)):
+        out |= {f"{name}/{k}": x[rows].mean().item() for k, rows in of.items()}
     out["rewards/mean"] = u.mean().item()
-    feedback = torch.tensor([kind != "sft" for kind in kinds])
-    if feedback.any():
+    if feedback := [i for i, kind in enumerate(kinds) if kind != "sft"]:
         out["score_mse"] = losses.uft(logps, ref_logps, rewards, beta)[feedback].mean().item()
     first = torch.tensor([i for i in pairs if rewards[i] != rewards[i + 1]], dtype=torch.long)
     if len(first):
@@ -78,11 +73,8 @@ def measure(
 
 def pair_starts(units: Sequence[Sequence]) -> list[int]:
     """Index of the first row of every two-row unit, rows counted across units."""
-    starts, row = [], 0
-    for unit in units:
-        starts += [row] * (len(unit) == 2)
-        row += len(unit)
-    return starts
+    places = [(place, len(unit)) for unit in units for place in range(len(unit))]
+    return [row for row, place in enumerate(places) if place == (0, 2)]
 
 
 @torch.no_grad()
@@ -95,55 +87,47 @@ def held_out(
     would: a policy above the first has learned less than the mean.
     """
     training, groups = net.training, tokens.micro_batches(units, budget)
+    units, device = [u for group in groups for u in group], next(net.parameters()).device
     net.eval()
-    device, parts, rows = next(net.parameters()).device, [], []
-    for group in groups:
-        rows += [e for unit in group for e in unit]
-        parts.append(score(net, tokens.collate([e for u in group for e in u], device), True))
+    batches = (tokens.collate([e for u in group for e in u], device) for group in groups)
+    parts = [score(net, batch, reference=True)[:2] for batch in batches]
     net.train(training)
-    logps, ref_logps = (torch.cat([getattr(p, n).cpu() for p in parts]) for n in Scores._fields[:2])
+    logps, ref_logps = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+    rows = [e for unit in units for e in unit]
     rewards, kinds = torch.tensor([e.reward for e in rows]), [e.kind for e in rows]
-    starts = pair_starts([unit for group in groups for unit in group])
-    out = measure(logps, ref_logps, rewards, kinds, starts, beta)
+    out = measure(logps, ref_logps, rewards, kinds, pair_starts(units), beta)
     demo = torch.tensor([k in ("sft", "chosen") for k in kinds])
     count = torch.tensor([len(e.ids) - e.prompt_len for e in rows])
     out["uft_loss"] = losses.uft(logps, ref_logps, rewards, beta).mean().item()
     if demo.any():
         out["nll_per_token"] = -(logps[demo].sum() / count[demo].sum()).item()
-    given = torch.tensor([e.reward for e in rows if e.kind != "sft"])
-    if len(given):
+    if len(given := rewards[[kind != "sft" for kind in kinds]]):
         out["score_mse/mean"] = given.var(correction=0).item()
         out["score_mse/half"] = (given - 0.5).square().mean().item()
     return out
 
 
-def multiple_choice(logps: Tensor, correct: Tensor, lengths: Tensor | None = None) -> tuple:
-    """(mc1, mc2) of one question from the choices' logps (C,) and truth (C,).   TruthfulQA 2.3
+def multiple_choice(logps: Tensor, correct: Tensor) -> tuple[float, float]:
+    """(mc1, mc2) of one question from its choices' logps (C,) and truth (C,).   TruthfulQA 2.3
 
-    mc1: does the likeliest choice hold? mc2: probability of the true choices among all. With
-    lengths (C,), mean log-probs per token are used instead of sums.
+    mc1: does the likeliest choice hold? mc2: probability of the true choices among all.
     """
-    if lengths is not None:
-        logps = logps / lengths
     return float(correct[logps.argmax()]), logps.softmax(-1)[correct].sum().item()
 
 
 def read_choices(path: Path) -> list[tuple[str, tuple, tuple]]:
-    """(question, mc1, mc2) per row, mc1 and mc2 each (choices, which are true).
-
-    TruthfulQA.csv, or JSON rows in the hub's form: question, mc1_targets, mc2_targets.
-    """
+    """(question, mc1, mc2) per row, mc1 and mc2 each (choices, which are true), of TruthfulQA.csv
+    or of JSON rows in the hub's form: question, mc1_targets, mc2_targets."""
     if path.suffix != ".csv":
-        return [(row["question"], *((row[k]["choices"], row[k]["labels"])
+        return [(row["question"], *(tuple(row[k][part] for part in ("choices", "labels"))
                  for k in ("mc1_targets", "mc2_targets"))) for _, row in data.rows(path)]
     out = []
     with open(path, encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file):
-            best = row["Best Answer"].strip()
-            true, false = ([a.strip() for a in row[f"{k} Answers"].split(";") if a.strip()]
-                           for k in ("Correct", "Incorrect"))
-            true = [best, *(a for a in true if a != best)]
-            out.append((row["Question"], ([best, *false], [1] + [0] * len(false)),
+            best, true, false = ([a.strip() for a in row[k].split(";") if a.strip()]
+                                 for k in ("Best Answer", "Correct Answers", "Incorrect Answers"))
+            true = best + [a for a in true if a not in best]
+            out.append((row["Question"], (best + false, [1] * len(best) + [0] * len(false)),
                         (true + false, [1] * len(true) + [0] * len(false))))
     return out
 
@@ -152,25 +136,23 @@ def read_choices(path: Path) -> list[tuple[str, tuple, tuple]]:
 def answer_choices(
     net: model.Transformer, chat: tokens.Chat, path: Path, normalise: bool, limit: int | None
 ) -> dict[str, float]:
-    """Mean mc1 and mc2 over the questions of a file, each choice scored as a response to it."""
-    results, device = [], next(net.parameters()).device
+    """Mean mc1 and mc2 over a file's questions, by sums of log-probs or, normalised, by means."""
+    found, device = [], next(net.parameters()).device
     for question, *sets in read_choices(path)[:limit]:
-        for (choices, labels), which in zip(sets, (0, 1), strict=True):
+        for which, (choices, labels) in enumerate(sets):
             rows = [data.Example((("user", question),), c, 1.0, "sft", question) for c in choices]
             batch = tokens.collate([tokens.encode(e, chat, 10**9) for e in rows], device)
-            scores = score(net, batch, reference=False)
-            correct = torch.tensor(labels, device=device).bool()
-            lengths = scores.lengths if normalise else None
-            results.append(multiple_choice(scores.logps, correct, lengths)[which])
-    return {name: sum(r) / len(r) for name, r in (("mc1", results[::2]), ("mc2", results[1::2]))}
+            logps, _, _, mask = score(net, batch, reference=False)
+            logps = logps / mask.sum(-1) if normalise else logps
+            found.append(multiple_choice(logps.cpu(), torch.tensor(labels).bool())[which])
+    return {"mc1": sum(found[::2]) / len(found[::2]), "mc2": sum(found[1::2]) / len(found[1::2])}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Numbers of a policy.")
+    parser = argparse.ArgumentParser("evaluate.py", description="Numbers of a policy.")
     parser.add_argument("--model", required=True, help="model folder or Hugging Face id")
     parser.add_argument("--adapter", help="PEFT adapter folder; the reference is the model itself")
-    parser.add_argument("--data", action="append", required=True,
-                        help="repeatable: any training format, or multiple choice (TruthfulQA.csv)")
+    parser.add_argument("--data", action="append", required=True, help="feedback or TruthfulQA.csv")
     parser.add_argument("--template", default="checkpoint")
     parser.add_argument("--beta", type=float, default=0.01)
     parser.add_argument("--max_length", type=int, default=2048, help="longer rows are dropped")
@@ -181,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     args = parser.parse_args(argv)
     try:
+        config.check_device(args.device)
         folder = model.resolve(args.model)
         chat = tokens.Chat(folder, args.template, args.adapter)
         net = model.load(folder, getattr(torch, args.dtype), args.device)
@@ -188,17 +171,19 @@ def main(argv: list[str] | None = None) -> None:
             lora.load(net, args.adapter)
         net.eval()
         for path in map(Path, args.data):
-            if path.suffix == ".csv" or "mc1_targets" in next(data.rows(path))[1]:
+            if path.suffix == ".csv" or "mc1_targets" in next(data.rows(path), ("", {}))[1]:
                 print(f"{path}: multiple choice{', per token' * args.normalise}")
                 out = answer_choices(net, chat, path, args.normalise, args.limit)
             else:
                 examples = data.read(path)[0][: args.limit]
                 rows, dropped = tokens.encode_all(examples, chat, args.max_length)
                 print(f"{path}: {len(rows)} rows, {len(dropped)} dropped as too long")
+                if not rows:
+                    raise ValueError(f"{path} holds no row of up to {args.max_length} tokens")
                 out = held_out(net, data.grouped(rows), args.beta, args.micro_batch_tokens)
             print("".join(f"  {name:<20} {value:.4f}\n" for name, value in sorted(out.items())))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"evaluate.py: {error}\n")
+    except (ValueError, OSError, KeyError) as error:
+        parser.exit(2, f"evaluate.py: {'no column ' * isinstance(error, KeyError)}{error}\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+import config
 import lora
 import model
 import tokens
@@ -47,16 +48,18 @@ def sample(
     """A response to each prompt: up to max_new_tokens ids, the last a stop id if one was drawn.
 
     Draws are made on the generator's device. At temperature 0 a response does not depend on its
-    batch. Adapters, if any, are on; dropout is off while sampling.
+    batch. Adapters, if any, are on; dropout is off while sampling. ValueError for an empty prompt.
     """
     if not prompts:
         return []
+    if not all(prompts):
+        raise ValueError("a prompt has no tokens: give it text, or a template with a BOS token")
     device, training = next(net.parameters()).device, net.training
     net.eval()
     responses: list[list[int]] = [[] for _ in prompts]
     ids_BT = torch.tensor([list(p[: min(map(len, prompts))]) for p in prompts], device=device)
     position, cache = ids_BT.shape[1], None
-    while any(open_rows := [not r or (len(r) < max_new_tokens and r[-1] not in stop_ids)
+    while any(open_rows := [len(r) < max_new_tokens and (not r or r[-1] not in stop_ids)
                             for r in responses]):
         hidden_BTD, cache = net.extend(ids_BT, cache)
         drawn = next_token(net.logits(hidden_BTD[:, -1]), temperature, top_p, generator).tolist()
@@ -118,6 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     args = parser.parse_args(argv)
     try:
+        if not (args.temperature >= 0 < args.top_p <= 1 <= args.max_new_tokens):
+            raise ValueError("expected --temperature >= 0, 0 < --top_p <= 1, --max_new_tokens >= 1")
+        config.check_device(args.device)
         folder = model.resolve(args.model)
         chat = tokens.Chat(folder, args.template, args.adapter)
         net = model.load(folder, getattr(torch, args.dtype), args.device)

@@ -27,7 +27,7 @@ import losses
 import model
 import report
 import tokens
-from config import Config, parse_flags
+from config import Config, check_device, parse_flags
 
 
 class Terms(NamedTuple):
@@ -69,14 +69,12 @@ def means(t: Terms) -> tuple[Tensor, Tensor]:
     return sides(t.logps / t.mask.sum(-1))
 
 
-def half_squared(rewards: Tensor, config: Config) -> Tensor:
-    return (0.5 - rewards).square()
-
-
 LOSSES = {
-    "uft": Objective("rows", True, lambda t: losses.uft(*row(t)), half_squared),
+    "uft": Objective("rows", True, lambda t: losses.uft(*row(t)),
+                     lambda r, c: (0.5 - r).square()),
     "uft_bce": Objective("rows", True, lambda t: losses.uft_bce(*row(t)), lambda r, c: math.log(2)),
-    "una_binary": Objective("labels", True, lambda t: losses.uft(*row(t)), half_squared),
+    "una_binary": Objective("labels", True, lambda t: losses.uft(*row(t)),
+                            lambda r, c: (0.5 - r).square()),
     "una_pair": Objective("pairs", True, lambda t: losses.una_pair(*pair(t)),
                           lambda r, c: math.log(2)),
     "sft": Objective("demonstrations", False, lambda t: losses.sft(t.logps), None),
@@ -134,12 +132,12 @@ def load_data(config: Config, chat: tokens.Chat) -> tuple[list, list, list, list
         files.append(units)
         told[i] += f"; to train on: {len(units)} {reads}"
         told[i] += "".join(f", {n} left out ({reason})" for reason, n in left.items())
-    if not any(files):
+    if not sum(round(w * len(f)) for f, (_, w) in zip(files, specs, strict=True)):
         such = f", such as {dropped[0]['where']} ({dropped[0]['reason']})" if dropped else ""
         raise ValueError(
             f"nothing is left to train on with --loss {config.loss}. {'. '.join(told)}. Dropped: "
             f"{len(dropped)} rows{such}. Raise --max_length, give --truncate_prompt true, lower "
-            f"--held_out, or choose data that {config.loss} can read")
+            f"--held_out, raise FILE:WEIGHT, or choose data that {config.loss} can read")
     test = data.grouped([e for r in rows for e in r if e.prompt in held])
     return files, [w for _, w in specs], test, told, dropped
 
@@ -193,19 +191,20 @@ def train_step(
         kinds += batch.kinds
         parts.append((scores.logps.detach(), scores.ref_logps, batch.rewards))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
-    if not math.isfinite(loss) or not math.isfinite(norm):
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    if not math.isfinite(loss) or not norm.isfinite():
         bad = [n for n, p in net.named_parameters()
                if p.grad is not None and not p.grad.isfinite().all()]
-        raise FloatingPointError(f"loss is {loss}, gradient norm {norm}, first bad tensor "
+        raise FloatingPointError(f"loss is {loss}, gradient norm {norm.item()}, first bad tensor "
                                  f"{bad[0] if bad else 'none'}, rows {[e.where for e in rows]}")
+    torch.nn.utils.clip_grads_with_norm_(trained, config.max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
     logps, refs, rewards = zip(*parts, strict=True)
     refs = torch.cat(refs).cpu() if objective.reference else None
-    return {"loss": loss, "grad_norm": norm, "learning_rate": rate} | evaluate.measure(
+    return {"loss": loss, "grad_norm": norm.item(), "learning_rate": rate} | evaluate.measure(
         torch.cat(logps).cpu(), refs, torch.cat(rewards).cpu(), kinds, starts, config.beta)
 
 
@@ -220,7 +219,7 @@ def self_check(net: model.Transformer, units: list, config: Config) -> str:
     batch = tokens.collate([e for unit in group for e in unit], device)
     scores = evaluate.score(net, batch, reference=True)
     u = losses.implicit_reward(scores.logps, scores.ref_logps, config.beta).abs().max().item()
-    z0, tokens_per_row = torch.zeros((), device=device), scores.lengths.double().mean().item()
+    z0, tokens_per_row = torch.zeros((), device=device), scores.mask.sum(-1).double().mean().item()
     loss = objective.loss(Terms(*scores, batch.rewards, z0, tokens_per_row, config)).mean().item()
     said, wrong = f"implicit reward at step 0: {u:g} (expected 0)   loss {loss:.6f}", u != 0
     if objective.start:
@@ -243,6 +242,7 @@ def run_folder(config: Config) -> Path:
 
 def train(config: Config) -> Path:
     """A whole run; returns its folder.   ValueError for whatever a user can set right."""
+    check_device(config.device)
     folder, out = model.resolve(config.model), run_folder(config)
     context = model.ModelConfig.from_folder(folder).max_position_embeddings
     if config.max_length > context:
@@ -258,10 +258,10 @@ def train(config: Config) -> Path:
     size = sum(round(w * len(f)) for f, w in zip(files, weights, strict=True))
     steps = config.steps or math.ceil(config.epochs * size / config.batch_size)
     state = {"step": 0, "num_tokens": 0}
-    out.mkdir(parents=True, exist_ok=True)
     if config.resume:
         state = checkpoint.resume(net, optimizer, out, asdict(config))
     else:
+        out.mkdir(parents=True, exist_ok=True)
         report.write_json(out / "config.json", asdict(config))
     report.write_lines(out / "dropped.jsonl", dropped)
     print(report.header(net, config, told, len(dropped), steps, out))
