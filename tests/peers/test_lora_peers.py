@@ -103,7 +103,7 @@ def test_an_adapter_written_again_here_still_opens_in_peft(tmp_path, config):
 def test_an_adapter_written_here_opens_in_peft(tmp_path, kind, targets, recwarn):
     """Logits within 1e-10 and not a word about missing or unexpected keys.
 
-    Red: lora.py: `lora_{}.weight"` -> `lora_{}.default.weight"`
+    Red: lora.py:save: `"lora_alpha": alphas[first]` -> `"lora_alpha": ranks[first]`
     """
     random_peer(tmp_path / "base", model_type=kind)
     net = model.load(tmp_path / "base", torch.float32)  # adapters are stored in float32
