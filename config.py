@@ -62,8 +62,8 @@ class Config:
             ("2 or more", lambda x: x > 1, "max_length"),
             ("a number above 0", lambda x: 0 < x < math.inf,
              "beta epochs batch_size micro_batch_tokens lora_r lora_alpha max_grad_norm"),
-            ("0 or more", lambda x: 0 <= x < math.inf, "lr steps held_out seed weight_decay "
-             "desirable_weight undesirable_weight orpo_weight simpo_gamma sample_tokens save_every"),
+            ("0 or more", lambda x: 0 <= x < math.inf, "lr steps held_out seed sample_tokens "
+             "save_every weight_decay desirable_weight undesirable_weight orpo_weight simpo_gamma"),
             ("LOW,HIGH with LOW < HIGH", lambda x: len(x) == 2 and x[0] < x[1], "score_range"))
         for wanted, good, names in rules:
             for name in (n for n in names.split() if not good(getattr(self, n))):
