@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint import shard
+from test_weights import shard
 from test_lora import FIRST, adapted, logits
 
 import lora
