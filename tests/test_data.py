@@ -1,0 +1,300 @@
+"""What data.py promises: every format becomes the same Examples, and no row is lost uncounted."""
+import gzip
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import data
+
+DATA = Path(__file__).resolve().parents[1].parent / "shared/data/datasets"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="shared data is not here")
+
+
+def said(*contents):
+    """Messages in turn, the user's first."""
+    return tuple(zip(("user", "assistant") * len(contents), contents, strict=False))
+
+
+def listed(messages):
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+def written(folder, *rows):
+    """The path of a file of rows, each an object or a line of text."""
+    path, lines = folder / "rows.jsonl", (r if isinstance(r, str) else json.dumps(r) for r in rows)
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    return path
+
+
+def read(path, *score_range):
+    """The examples of a file as tuples, and the rows dropped from it."""
+    examples, dropped, _ = data.read(path, *score_range)
+    return [(e.prompt, e.response, e.reward, e.kind) for e in examples], dropped
+
+
+HH, Q, QAR = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:", said("q"), said(*"qar")
+SFT, PAIR = [(Q, "a", 1, "sft")], [(Q, "a", 1, "chosen"), (Q, "b", 0, "rejected")]
+RATED = [(Q, "a", 7 / 9, "chosen"), (Q, "b", 2 / 9, "rejected")]
+LONG = [(QAR, "x", 1, "chosen"), (QAR, "y", 0, "rejected")]
+UNFOLDED = [(Q, "a", 1, "sft"), (QAR, "z", 1, "sft")]
+A, B, TALK = (listed(said(*turns)) for turns in ("qa", "qb", "qarz"))
+SHARED = [{"from": f, "value": v} for f, v in zip(("human", "gpt") * 2, "qarz", strict=True)]
+SCORES = {"score_chosen": 8.0, "score_rejected": 3}
+GRADES = {"helpfulness": 3, "correctness": 2, "coherence": 4, "complexity": 0, "verbosity": 1}
+CASES = {
+    "demonstration": ({"prompt": "q", "response": "a"}, SFT),
+    "TRL messages": ({"prompt": A[:1], "completion": A[1:]}, SFT),
+    "TRL turns": ({"prompt": A[:1], "completion": TALK[1:]}, UNFOLDED[1:]),
+    "Alpaca": ({"instruction": "q", "input": "", "output": "a", "text": "qa"}, SFT),
+    "Alpaca input": ({"instruction": "q", "input": "i", "output": "a"},
+                     [(said("q\n\n### Input:\ni"), "a", 1, "sft")]),
+    "GSM8K": ({"question": "q", "answer": "a"}, SFT),
+    "messages": ({"messages": TALK, "prompt": "q"}, UNFOLDED),
+    "ShareGPT": ({"conversations": SHARED}, UNFOLDED),
+    "UltraChat": ({"id": 7, "data": ["q", "a", "r", "z"]}, UNFOLDED),
+    "true": ({"prompt": "q", "completion": "a", "label": True}, PAIR[:1]),
+    "false": ({"prompt": A[:1], "completion": B[1:], "label": 0}, PAIR[1:]),
+    "labelled messages": ({"messages": B, "label": False}, PAIR[1:]),
+    "H4": (SCORES | {"prompt": "q", "messages": A, "chosen": A, "rejected": B}, RATED),
+    "metadata": ({"prompt": "q", "chosen": "a", "rejected": "b", "metadata": SCORES}, RATED),
+    "other metadata": ({"prompt": "q", "chosen": "a", "rejected": "b", "metadata": {}}, PAIR),
+    "answers only": ({"prompt": A[:1], "chosen": A[1:], "rejected": B[1:]}, PAIR),
+    "no prompt": ({"chosen": A, "rejected": B}, PAIR),
+    "from and value": ({"conversations": SHARED[:3], "chosen": {"from": "gpt", "value": "x"},
+                        "rejected": {"from": "gpt", "value": "y"}}, LONG),
+    "HH-RLHF": ({"chosen": f"{HH} x", "rejected": f"{HH} y"}, LONG),
+    "HelpSteer2 turns": ({"prompt": "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nr",
+                          "response": "z"} | dict.fromkeys(GRADES, 4), [(QAR, "z", 1, "scored")]),
+}
+
+
+@pytest.mark.parametrize(("row", "expected"), CASES.values(), ids=CASES)
+def test_every_format_becomes_the_same_examples(tmp_path, row, expected):
+    """Prompts, responses, rewards and kinds exactly.
+
+    Red: data.py:response: `+ tuple(before)` -> ``
+    Red: data.py:read_label: `float(row["label"])` -> `1.0`
+    Red: data.py:read_pair: `tuple(said) or prompt` -> `prompt`
+    Red: data.py:marked_turns: `re.fullmatch(user, p)` -> `re.fullmatch(assistant, p)`
+    """
+    assert read(written(tmp_path, row)) == (expected, [])
+
+
+def test_a_conversation_gives_a_row_for_each_answer_with_all_before_it_as_prompt(tmp_path):
+    """k answers, k rows, whoever spoke first, but for a greeting that answers nothing.
+
+    Red: data.py:read_messages: `said[:t]` -> `said[:1]`
+    """
+    talk = said(*map(str, range(8)))
+    for turns in (talk, (("system", "s"), *talk), talk[1:]):
+        found = data.read(written(tmp_path, {"messages": listed(turns)}))[0]
+        assert [e.prompt + (("assistant", e.response),) for e in found] == [
+            turns[:t + 1] for t, (role, _) in enumerate(turns) if role == "assistant" and t > 0]
+
+
+def test_scores_are_mapped_onto_0_to_1_exactly(tmp_path):
+    """(s - low) / (high - low), and .65/7.6 = 13/152, .8/7.6 = 16/152, .45/7.6 = 9/152.   UNA 4.1
+
+    Red: data.py:scaled: `return (value - low)` -> `return value`
+    Red: data.py:read_helpsteer: `13 * h + 16 * c + 9 * k) / 152` -> `.65*h + .8*c + .45*k) / 7.6`
+    """
+    path = written(tmp_path, *({"prompt": "q", "response": "a", "score": s} for s in (-1, 2, 3)))
+    assert read(path, (-1, 3))[0] == [(Q, "a", reward, "scored") for reward in (0, 0.75, 1)]
+    grades = [(h, c, k) for h in range(5) for c in range(5) for k in range(5)]
+    named = [dict(zip(GRADES, g, strict=False), prompt="q", response="a") for g in grades]
+    rewards = [reward for _, _, reward, _ in read(written(tmp_path, *named))[0]]
+    assert rewards == [(13 * h + 16 * c + 9 * k) / 152 for h, c, k in grades]
+    assert (rewards[0], rewards[62], rewards[-1]) == (0, 0.5, 1)
+
+
+BOM, TWO = b"\xef\xbb\xbf", ({"data": ["q\u2028\x85", "\u00e9\n"]}, {"data": ["r", "z"]})
+LINES = [json.dumps(row, ensure_ascii=False).encode() for row in TWO]
+FILES = {
+    "lines": (".jsonl", b"\n".join(LINES)),
+    "BOM and CRLF": (".jsonl", BOM + b"\r\n".join(LINES) + b"\r\n"),
+    "blank lines": (".jsonl", b"\n \n" + b"\n\r\n\n".join(LINES) + b"\n\n"),
+    "list": (".json", b"[" + b",".join(LINES) + b"]"),
+    "list behind a BOM": (".json", BOM + b"\r\n" + json.dumps(TWO, indent=2).encode()),
+    "lines called json": (".json", b"\n".join(LINES)),
+}
+
+
+@pytest.mark.parametrize("zipped", ["", ".gz"])
+@pytest.mark.parametrize(("suffix", "content"), FILES.values(), ids=FILES)
+def test_every_file_form_holds_the_same_rows(tmp_path, suffix, content, zipped):
+    """Only a line feed ends a line, not U+2028 or U+0085 inside a text.
+
+    Red: data.py:rows: `else file, 1)` -> `else file.read().decode().splitlines(), 1)`
+    """
+    path = tmp_path / f"rows{suffix}{zipped}"
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    assert [row for _, row in data.rows(path)] == list(TWO)
+
+
+def test_parquet_holds_the_same_rows(tmp_path):
+    parquet, path = pytest.importorskip("pyarrow.parquet"), tmp_path / "rows.parquet"
+    parquet.write_table(sys.modules["pyarrow"].Table.from_pylist(list(TWO)), path)
+    assert list(data.rows(path)) == [(f"{path}:{i}", row) for i, row in enumerate(TWO, 1)]
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    """ValueError, not ImportError.
+
+    Red: data.py:rows: `except ImportError` -> `except OSError`
+    """
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        data.read(tmp_path / "rows.parquet")
+
+
+GOOD = {"prompt": "q", "response": "a", "score": 1}
+ERRORS = {
+    '{"prompt": "q", "response"': "not valid JSON",
+    '[{"prompt": "q"}]': "expected an object, found list",
+    '{"text": "q", "answer": "a"}': "columns ['answer', 'text']. Known: chosen+rejected; ",
+    '{"response": "a", "label": true}': "columns ['label', 'response']. Known: ",
+    '{"messages": [], "label": true}': "out of range",
+    '{"prompt": "q", "response": "a", "label": "yes"}': "label must be true or false",
+    '{"prompt": "q", "response": null}': "assistant must be a text, found 'None'",
+    '{"prompt": "half of \\ud83d", "response": "a"}': "surrogates not allowed",
+    '{"messages": [{"role": "tool", "content": "q"}]}': "role 'tool', not system, user or",
+    json.dumps({"prompt": "q", "response": "a"} | GRADES | {"coherence": 5}): "[0, 4]",
+} | {json.dumps(GOOD).replace("1", s): m for s, m in {
+    "NaN": "NaN is no JSON number", "Infinity": "Infinity is no", "-Infinity": "-Infinity is no",
+    "1.01": "--score_range", "-0.1": "score is -0.1, outside [0, 1]", "1e999": "score is inf",
+    "true": "score is True", '"1"': "score is '1'", "null": "score is None"}.items()}
+
+
+@pytest.mark.parametrize("line", ERRORS, ids=range(len(ERRORS)))
+def test_a_row_that_means_nothing_is_refused_by_file_and_line(tmp_path, line):
+    """The message names the file, the line, and what was found.
+
+    Red: data.py:scaled: `type(value) not in (int, float)` -> `not isinstance(value, int | float)`
+    Red: data.py:text: `value.encode()` -> `value`
+    """
+    with pytest.raises(ValueError, match=re.escape(ERRORS[line])) as caught:
+        read(written(tmp_path, GOOD, line))
+    assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:2: ")
+
+
+def test_rows_without_an_answer_or_a_common_prompt_are_dropped_and_counted(tmp_path):
+    """Each with file, line and reason; a file that has no other is refused.
+
+    Red: data.py:read: `if not found` -> `if False`
+    """
+    bad = [{"prompt": "q", "response": " \n"}, {"prompt": [], "response": "a"},
+           {"prompt": "q", "chosen": "a", "rejected": ""}, {"messages": A[:1]}, {"messages": []},
+           {"chosen": f"{HH} x", "rejected": f"{HH[:-12]}s\n\nAssistant: x"},
+           {"chosen": "x", "rejected": "y"}, {"chosen": A, "rejected": listed(said("r", "b"))}]
+    examples, dropped = read(written(tmp_path, *bad, GOOD))
+    assert len(examples) == 1  # empty three times, no assistant twice, chosen and rejected ...
+    assert "".join(d["reason"][0] for d in dropped) == "eeennccc"
+    assert [d["where"][-2:] for d in dropped] == [f":{i}" for i in range(1, 9)]
+    with pytest.raises(ValueError, match="no usable row .8 dropped"):
+        read(written(tmp_path, *bad))
+
+
+MIXED = [data.Example(said(p), name, float(r), kind, "") for p, kind, r, name in map(str.split, (
+    "0 sft 1 s", "1 chosen 1 c", "1 rejected 0 r", "2 chosen .4 t", "2 rejected .4 u",
+    "3 scored .2 l", "3 scored .9 h", "4 scored .5 m", "5 scored .6 e", "5 scored .6 f",
+    "5 scored .7 g", "6 rejected .9 x", "6 chosen .1 y"))]
+READS = {  # response, reward and kind, + inside a unit; and the rows left out
+    "groups": ("s1s c1c+r0r t.4c+u.4r l.2s+h.9s m.5s e.6s+f.6s g.7s x.9r y.1c", {}),
+    "rows": ("s1s c1c r0r t.4c u.4r l.2s h.9s m.5s e.6s f.6s g.7s x.9r y.1c", {}),
+    "demonstrations": ("s1s c1c t.4c y.1c", {"not a demonstration": 9}),
+    "pairs": ("c1c+r0r h.9c+l.2r", {"a tie": 4, "not one of a pair": 5}),
+    "labels": ("s1s c1c r0r l0s h1s e1s f1s g1s x0r y1c",
+               {"a tie": 2, "a score of exactly 1/2": 1}),
+}
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_units_hold_what_a_loss_term_reads_in_order_and_count_the_rest(reads):
+    """Scored pairs put the better first, a third score stands alone, a label is cut at 1/2.
+
+    Red: data.py:units: `-e.reward` -> `e.reward`
+    Red: data.py:units: `(reads == "pairs" or not scored)` -> `(reads == "pairs")`
+    Red: data.py:grouped: `len(prompts) > 1` -> `False`
+    """
+    found, left = data.units(MIXED, reads)
+    short = [[f"{e.response}{e.reward:g}{e.kind[0]}".replace("0.", ".") for e in u] for u in found]
+    assert (" ".join(map("+".join, short)), left) == READS[reads]
+    assert sum(map(len, found)) + sum(left.values()) == len(MIXED)
+
+
+def test_held_out_prompts_are_whole_whatever_the_order_of_the_file():
+    """A set of prompts, so that none is in both parts: 7 of 3 rows are the first to reach 20.
+
+    Red: data.py:hold_out: `f"{seed}{p}"` -> `f"{p}"`
+    """
+    rows = [data.Example(said(str(i % 40)), "a", 1.0, "sft", "") for i in range(120)]
+    held = data.hold_out(rows, 20, seed=1)
+    assert held == data.hold_out(rows[::-1], 20, seed=1) != data.hold_out(rows, 20, seed=2)
+    assert len(held) == 7 and held <= {e.prompt for e in rows} and not data.hold_out(rows, 0, 1)
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.5, 0.75, 1, 1.25, 2])
+def test_rows_of_a_file_are_seen_equally_often_give_or_take_one(weight):
+    """round(w * size) rows an epoch; each exactly 4w times in 4 epochs, once an epoch at w = 1.
+
+    Red: data.py:order: `divmod(slot, size)` -> `divmod(slot % count, size)`
+    """
+    seen = Counter(range(8))
+    for epoch in range(4):
+        picks = data.order([8, 4], [weight, 1], seed=3, epoch=epoch)
+        assert sorted(i for file, i in picks if file == 1) == [0, 1, 2, 3]
+        seen.update(i for file, i in picks if file == 0)
+        assert len(picks) == 8 * weight + 4 and max(seen.values()) - min(seen.values()) <= 1
+    assert set(seen.values()) == {1 + 4 * weight}
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone():
+    """So a run that stopped at position p goes on with [p:], whatever was drawn in between.
+
+    Red: data.py:order: `default_rng([seed, epoch])` -> `default_rng()`
+    """
+    runs = {key: data.order([30], [1], *key) for key in ((5, 0), (5, 1), (6, 0), (6, 1))}
+    assert all(data.order([30], [1], *key)[11:] == run[11:] for key, run in runs.items())
+    assert len(set(map(tuple, runs.values()))) == 4
+
+
+REAL = (  # file, rows of each kind, kinds, format, rows dropped
+    ("raschka/instruction-data.json", 1100, "sft", "demonstrations", 0),
+    ("raschka/instruction-data-with-preference.json", 1100, "chosen rejected", "pairs", 0),
+    ("llamafactory/alpaca_en_demo.json", 999, "sft", "demonstrations", 0),
+    ("llamafactory/dpo_en_demo.json", 300, "chosen rejected", "pairs", 0),
+    ("gsm8k/test.jsonl", 1319, "sft", "demonstrations", 0),
+    ("helpsteer2/helpsteer2_9.jsonl", 9, "scored", "HelpSteer2 scores", 0),
+    ("hh_rlhf/harmless-base_test.jsonl.gz", 2303, "chosen rejected", "pairs", 5 + 4),
+    ("ultrafeedback/ultrafeedback_train_clean.jsonl.gz", 998, "chosen rejected", "pairs", 2),
+    ("ultrafeedback/ultrafeedback_binarized_h4_16.jsonl", 16, "chosen rejected", "pairs", 0),
+)
+
+
+@needs_data
+@pytest.mark.parametrize(("name", "rows", "kinds", "form", "lost"), REAL)
+def test_a_real_file_is_read_whole(name, rows, kinds, form, lost):
+    examples, dropped, formats = data.read(DATA / name)
+    assert Counter(e.kind for e in examples) == dict.fromkeys(kinds.split(), rows)
+    assert formats == [form] and len(dropped) == lost
+    assert all(e.prompt[-1][0] == "user" and e.response.strip() for e in examples)
+
+
+@needs_data
+def test_real_files_hold_the_odd_rows_known_to_be_there():
+    """Among them 111 ties of UltraFeedback, and both forms of UltraChat giving the same rows."""
+    dropped = data.read(DATA / "hh_rlhf/harmless-base_test.jsonl.gz")[1]
+    assert sorted(Counter(d["reason"] for d in dropped).values()) == [4, 5]
+    rows = data.read(DATA / "ultrafeedback/ultrafeedback_train_clean.jsonl.gz")[0]
+    assert data.units(rows, "pairs")[1] == {"a tie": 2 * 111}
+    path = DATA / "ultrafeedback/ultrafeedback_binarized_h4_16.jsonl"
+    scores = [r[f"score_{kind}"] for _, r in data.rows(path) for kind in ("chosen", "rejected")]
+    assert [reward for _, _, reward, _ in read(path)[0]] == [(s - 1) / 9 for s in scores]
+    raw, other = (read(DATA / f"ultrachat/ultrachat_{form}_2.jsonl")[0]
+                  for form in ("raw", "200k_messages"))
+    assert raw == other and [len(e[0]) for e in raw] == [1, 3, 5, 7, 1, 3, 5, 7, 9, 11]
