@@ -107,7 +107,7 @@ def test_importing_everything_prints_nothing():
 @pytest.mark.parametrize("name", FILES)
 def test_every_class_and_every_longer_function_has_a_docstring(name):
     """Red: tests/test_house.py:length: `+ 1` -> `+ 5`
-    Red: evaluate.py:pair_starts: `\"\"\"Index` -> `_ = \"\"\"Index`"""
+    Red: evaluate.py:measure: `\"\"\"Means` -> `_ = \"\"\"Means`"""
     for node in nodes(name, ast.FunctionDef, ast.ClassDef):
         free = re.fullmatch(r"main|forward|__\w+__", node.name) or (
             isinstance(node, ast.FunctionDef) and length(node) <= 6)
@@ -124,8 +124,8 @@ def test_every_loss_names_its_source_and_its_gradient():
 
 @pytest.mark.parametrize("name", ALL)
 def test_lines_are_ascii_and_at_most_a_hundred_characters(name):
-    """Red: losses.py:sft: `for ever` -> `d\u00e9j\u00e0`
-    Red: losses.py:sft: `return -logps` -> `return -logps ` """
+    """Red: losses.py:sft: `return -logps` -> `return -logps `
+    Red: losses.py:sft: `every row` -> `d\u00e9j\u00e0`"""
     assert [n for n, line in enumerate(lines(name), 1)
             if len(line) > 100 or not line.isascii() or line != line.rstrip()] == []
 
@@ -133,7 +133,7 @@ def test_lines_are_ascii_and_at_most_a_hundred_characters(name):
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_reads_pickles_or_runs_text_as_code(name):
     """Red: lora.py: `import argparse` -> `import argparse, pickle`
-    Red: checkpoint.py:resume: `json.loads(found` -> `eval(found`
+    Red: checkpoint.py:resume: `json.loads((folder` -> `eval((folder`
     Red: checkpoint.py:resume: `load_file(folder` -> `torch.load(folder`"""
     assert not imported(name) & PICKLES
     called = {ast.unparse(n.func) for n in nodes(name, ast.Call)}
