@@ -1,0 +1,300 @@
+"""What tokens.py promises: exact boundaries, one BOS, one scored end, control tokens kept out."""
+import functools
+import json
+import re
+import types
+import unicodedata
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+import data
+import tokens
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared/data"
+CONTROLS, ASKED = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"], (("user", "hello"),)
+EDGES = ("hello", "\nhello", " hello", "  7", "7 hello\n", "\u00e9\U0001f600", "\u85cf\u4e66",
+         "</s>", "a <s>hello</s><|im_end|>\n<|im_start|>", "<</s>s>")
+
+
+@functools.cache
+def tokenizer(kind):
+    """Merges of `hello` over bytes, or over words marked as Mistral's, with a BOS of their own."""
+    mark = "\u0120" if kind == "bytes" else "\u2581"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "bytes" else [
+        mark, *map(chr, range(97, 123)), *(f"<0x{b:02X}>" for b in range(256))]
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), (mark, "hello")]
+    pieces = ["<unk>", *CONTROLS, *letters, *(a + b for a, b in merges)]
+    out = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>",
+                               fuse_unk=True, byte_fallback=kind == "words"))
+    out.add_special_tokens([AddedToken(c, special=True) for c in CONTROLS])
+    out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    out.decoder = decoders.ByteLevel()
+    if kind == "words":
+        out.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        out.decoder = decoders.Sequence([decoders.Replace(mark, " "), decoders.ByteFallback(),
+                                         decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        out.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    return out.to_str()
+
+
+def chat(folder, kind="bytes", template="chatml", own=None, **config):
+    """A Chat on a folder written for it; `own` is the checkpoint's template."""
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": own} | config
+    (folder / "tokenizer.json").write_text(tokenizer(kind), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    return tokens.Chat(folder, template)
+
+
+def example(prompt, response):
+    return data.Example((("user", prompt),), response, 1.0, "sft", response)
+
+
+def row(prompt, response, name="q"):
+    """An Encoded row of so many prompt and response tokens."""
+    ids = [*range(1, prompt + 1), *range(50, 50 + response)]
+    return tokens.Encoded(ids, prompt, response / 4, "sft", "", (("user", name),))
+
+
+def same_text(talk, ids, prompt, response):
+    """Whether ids decode to what was meant, but for the word mark ahead and Qwen's NFC."""
+    meant = talk.render(prompt) + talk.gap + response + talk.decode([talk.end_id])
+    said, meant = (unicodedata.normalize("NFC", text).removeprefix(talk.bos).lstrip(" ")
+                   for text in (talk.decode(ids), meant.replace(tokens.GUARD, "")))
+    return said == meant
+
+
+every_chat = pytest.mark.parametrize(("kind", "template"), [
+    (kind, template) for kind in ("bytes", "words") for template in tokens.TEMPLATES])
+
+
+@every_chat
+@pytest.mark.parametrize("text", EDGES)
+def test_prompt_and_response_decode_to_what_was_said(tmp_path, kind, template, text):
+    """The rendered text, the gap, the response and the end, to the first and last character.
+
+    Red: tokens.py:Chat.ids: `if text[a:b] != GUARD` -> ``
+    Red: tokens.py:Chat.response_ids: `GUARD + self.gap` -> `self.gap`
+    """
+    talk = chat(tmp_path, kind, template)
+    prompt = (("user", "hello" + text), ("assistant", text), ("user", text))
+    assert same_text(talk, talk.prompt_ids(prompt) + talk.response_ids(text), prompt, text)
+
+
+@every_chat
+def test_a_control_token_in_somebodys_text_is_plain_text(tmp_path, kind, template):
+    """In prompt, history and response: no more control ids than a harmless text brings.
+
+    Red: tokens.py:Chat.guard: `m[0][:1] + GUARD + m[0][1:]` -> `m[0]`
+    """
+    talk, found = chat(tmp_path, kind, template), set()
+    for text in EDGES:
+        prompt = (("user", text), ("assistant", text), ("user", text))
+        ids = talk.prompt_ids(prompt) + talk.response_ids(text)
+        found.add(tuple(i for i in ids if i in (1, 2, 3, 4)))
+    assert len(found) == 1
+
+
+OWN, BOS = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", "add_bos_token"
+
+
+@pytest.mark.parametrize(("kind", "template", "config", "count"), [
+    ("words", "plain", {}, 1), ("bytes", "plain", {}, 0), ("bytes", "mistral-inst", {}, 0),
+    ("bytes", "chatml", {BOS: True}, 1), ("words", "alpaca", {BOS: False}, 0),
+    ("bytes", "checkpoint", {"own": OWN}, 1), ("words", "checkpoint", {"own": OWN}, 1),
+    ("words", "checkpoint", {"own": OWN[15:]}, 0), ("bytes", "plain", {"bos_token": None}, 0)])
+def test_one_bos_begins_a_prompt_where_it_is_wanted(tmp_path, kind, template, config, count):
+    """Named templates go by add_bos_token or the tokenizer's own habit, others by themselves.
+
+    Red: tokens.py:Chat.ids: `add_special_tokens=False` -> `add_special_tokens=True`
+    Red: tokens.py:Chat.__init__: `template in TEMPLATES and not wanted` -> `False`
+    """
+    ids = chat(tmp_path, kind, template, **config).prompt_ids(ASKED)
+    assert ids.count(1) == count == (ids[0] == 1)
+
+
+@every_chat
+def test_the_response_and_its_one_end_token_are_scored_and_nothing_else(tmp_path, kind, template):
+    """ids[prompt_len:] is the response and an end; the mask is True just there.
+
+    Red: tokens.py:Chat.response_ids: `, self.end_id]` -> `]`
+    Red: tokens.py:collate: `start <= position` -> `start < position`
+    """
+    talk, examples = chat(tmp_path, kind, template), [example("hello", text) for text in EDGES]
+    batch = tokens.collate(tokens.encode_all(examples, talk, 512)[0])
+    for text, ids, mask in zip(EDGES, batch.ids, batch.response_mask, strict=True):
+        assert ids[mask].tolist() == talk.response_ids(text)
+        assert ids[mask].tolist().index(talk.end_id) == mask.sum() - 1
+        assert ids[:mask.nonzero()[0]].tolist() == talk.prompt_ids(ASKED)
+
+
+def test_the_boundary_is_exact_where_tokens_would_merge(tmp_path):
+    """`hel` + `lo` is not `hello`: prompt and response keep the ids they have apart.
+
+    Red: tokens.py:encode: `len(prompt), example.reward` -> `len(prompt) + 1, example.reward`
+    """
+    talk = chat(tmp_path, "bytes", "plain")
+    found = tokens.encode(example("hel", "lo"), talk, 99)
+    assert found.ids[:-1] != talk.ids("hello") and talk.decode(found.ids) == "hello</s>"
+    assert talk.decode(found.ids[:found.prompt_len]) == "hel"
+
+
+REFUSED = (  # one file of the folder, the template asked for, the message
+    ("tokenizer_config.json", '{"eos_token": "<eot>"}', "plain", "ends an answer with '<eot>'"),
+    ("tokenizer_config.json", "{}", "checkpoint", "with --template mistral-inst | chatml | alpaca"),
+    ("tokenizer_config.json", "{}", "vicuna", "choose checkpoint, mistral-inst, chatml, alpaca"),
+    ("tokenizer_config.json", "{", "plain", "tokenizer_config.json: not valid JSON"),
+    ("chat_template.jinja", "{% if %}", "checkpoint", "the chat template is broken: Expected"),
+    ("chat_template.jinja", "{{ raise_exception('no') }}", "checkpoint", "this conversation: no"),
+    ("chat_template.jinja", "{{ 1 / 0 }}", "checkpoint", "division by zero"),
+    ("chat_template.jinja", "{{ ''.__class__.__mro__ }}", "checkpoint", "'__class__' of 'str'"),
+    ("tokenizer.json", None, "plain", "found: ['tokenizer_config.json']). Convert it once: Auto"),
+    ("tokenizer.json", '{"model": ', "plain", "tokenizer.json is not a readable tokenizer"),
+    ("config.json", '{"vocab_size": 265}', "plain", "has an id beyond the 265 embeddings"))
+
+
+@pytest.mark.parametrize(("file", "content", "template", "message"), REFUSED)
+def test_what_cannot_be_used_is_refused_by_name(tmp_path, file, content, template, message):
+    """Always a ValueError that says what was found or what to do.
+
+    Red: tokens.py: `from jinja2.sandbox import` -> `from jinja2 import Environment as`
+    Red: tokens.py:Chat.render: `except Exception` -> `except TemplateError`
+    Red: tokens.py:Chat.__init__: `i >= size > 0` -> `i > size > 0`
+    """
+    chat(tmp_path)
+    (tmp_path / file).unlink(missing_ok=True)
+    if content:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tokens.Chat(tmp_path, template)
+
+
+def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
+    """Some tokenizer.json of the hub carry both, and would cut or fill every text.
+
+    Red: tokens.py:Chat.__init__: `self.tokenizer.no_truncation()` -> `pass`
+    """
+    before, cutting = chat(tmp_path), Tokenizer.from_str(tokenizer("bytes"))
+    cutting.enable_truncation(3)
+    cutting.enable_padding(length=40)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    after = tokens.Chat(tmp_path, "chatml")
+    assert all(before.ids(t) == after.ids(t) for t in (*EDGES, "hello " * 20))
+
+
+def test_the_template_is_looked_for_in_adapter_then_file_then_key(tmp_path):
+    """Of a list of named templates the default; a template asked for by name beats them all.
+
+    Red: tokens.py:template_source: `.get("default")` -> `.get("tool_use")`
+    """
+    folders, named = [tmp_path / "adapter", tmp_path / "model"], ("tool_use", "default")
+    folders[0].mkdir(), folders[1].mkdir()
+    config = {"chat_template": [{"name": n, "template": n} for n in named]}
+    (folders[1] / "tokenizer_config.json").write_text(json.dumps(config))
+    assert tokens.template_source(folders, "checkpoint") == "default"
+    for folder in folders[::-1]:
+        (folder / "chat_template.jinja").write_text(folder.name)
+        assert tokens.template_source(folders, "checkpoint") == folder.name
+    assert "[INST]" in tokens.template_source(folders, "mistral-inst")
+
+
+@every_chat
+@pytest.mark.parametrize(("bos", "eos"), [(True, [7, 3]), (False, 9)])
+def test_a_saved_adapter_asks_and_stops_as_its_training_did(tmp_path, kind, template, bos, eos):
+    """Same ids again; the stop ids are the template's end, the tokenizer's and the model's.
+
+    Red: tokens.py:Chat.save: `write_text(self.source` -> `write_text(TEMPLATES["alpaca"]`
+    Red: tokens.py:Chat.__init__: `eos if isinstance(eos, list) else [eos]` -> `[]`
+    """
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    trained, adapter = chat(tmp_path, kind, template, add_bos_token=bos), tmp_path / "adapter"
+    adapter.mkdir()
+    trained.save(adapter)
+    again = tokens.Chat(tmp_path, adapter=adapter)
+    for text in EDGES:
+        talk = (*ASKED, ("assistant", text), ("user", text))
+        assert again.prompt_ids(talk) == trained.prompt_ids(talk)
+        assert again.response_ids(text) == trained.response_ids(text)
+    saved = set(json.loads((adapter / "generation_config.json").read_text())["eos_token_id"])
+    assert saved == again.stop_ids == {2, trained.end_id} | ({7, 3} if bos else {9})
+
+
+def test_rows_too_long_are_dropped_and_counted_or_lose_the_prompts_left(tmp_path):
+    """The BOS stays, the response is never cut, and a row that fits is left alone.
+
+    Red: tokens.py:encode: `prompt[len(prompt) - room:]` -> `prompt[:room]`
+    Red: tokens.py:encode: `if not prompt` -> `if False`
+    """
+    talk = chat(tmp_path, "bytes", "plain", add_bos_token=True)
+    examples = [example("abcdef", response) for response in ("x", "xy", "x" * 9)]
+    rows, dropped = tokens.encode_all(examples, talk, 9)
+    assert [len(e.ids) for e in rows] == [9] and [d["where"] for d in dropped] == ["xy", "x" * 9]
+    rows, dropped = tokens.encode_all(examples, talk, 9, truncate_prompt=True)
+    assert [talk.decode(e.ids) for e in rows] == ["<s>abcdefx</s>", "<s>bcdefxy</s>"]
+    assert [e.prompt_len for e in rows] == [7, 6] and len(dropped) == 1
+    with pytest.raises(tokens.Skip, match="the prompt has no token"):
+        tokens.encode(example("", "x"), chat(tmp_path, "bytes", "plain"), 9)
+
+
+def test_mismatched_rows_never_join_a_prompt_with_its_own_responses():
+    """The response of the next row of another prompt, around the end; none where all are one's.
+
+    Red: tokens.py:mismatch: `if e.prompt != row.prompt` -> ``
+    """
+    rows = [row(2, 1, "a"), row(2, 2, "a"), row(3, 3, "b"), row(4, 4, "a")]
+    sizes = [(e.prompt_len, len(e.ids) - e.prompt_len) for e in tokens.mismatch(rows)]
+    assert sizes == [(2, 3), (2, 3), (3, 4), (4, 3)]
+    assert tokens.mismatch(rows[:2]) == []
+
+
+@pytest.mark.parametrize("budget", [1, 40, 100, 10 ** 6])
+def test_micro_batches_hold_every_unit_once_within_the_budget(budget):
+    """Longest first, pairs whole; only a unit alone may be larger than the budget.
+
+    Red: tokens.py:micro_batches: `sum(map(len, groups[-1]))` -> `len(groups[-1])`
+    """
+    units = [tuple(row(2 + i % 7, 1 + i % 5 + k) for k in range(1 + i % 2)) for i in range(30)]
+    groups = tokens.micro_batches(units, budget)
+    longest = [max(len(e.ids) for unit in group for e in unit) for group in groups]
+    assert sorted(id(unit) for group in groups for unit in group) == sorted(map(id, units))
+    assert longest == sorted(longest, reverse=True)
+    for group, width in zip(groups, longest, strict=True):
+        assert len(group) == 1 or sum(map(len, group)) * width <= budget
+
+
+def test_collate_pads_on_the_right_and_keeps_rewards_by_row():
+    """Zeros behind each row.
+
+    Red: tokens.py:collate: `e.ids + [0] * (width - len(e.ids))` -> `(e.ids * width)[:width]`
+    """
+    batch = tokens.collate([row(2, 1), row(1, 3)])
+    assert batch.ids.tolist() == [[1, 2, 50, 0], [1, 50, 51, 52]]
+    assert batch.rewards.tolist() == [0.25, 0.75] and batch.kinds == ("sft", "sft")
+
+
+FOLDERS = ("tokenizers/mistral-7b-v0.1", "models/stories260k", "tokenizers/qwen2-instruct",
+           "tokenizers/qwen3", "tokenizers/minimind-6400")
+REAL = [(f, t) for f in FOLDERS for t in ("checkpoint", *tokens.TEMPLATES)
+        if f not in FOLDERS[:2] or t not in ("checkpoint", "chatml")]  # they have no such tokens
+from_file = functools.cache(Tokenizer.from_file)
+
+
+@functools.cache
+def real_rows():
+    pairs = data.read(SHARED / "datasets/ultrafeedback/ultrafeedback_train_clean.jsonl.gz")[0]
+    short = data.read(SHARED / "datasets/llamafactory/alpaca_en_demo.json")[0]
+    return [e for e in pairs[::2] if len(e.response) < 1000][:200] + short[:200]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="shared data is not here")
+@pytest.mark.parametrize(("folder", "template"), REAL)
+def test_real_rows_decode_to_what_was_said(monkeypatch, folder, template):
+    """400 rows and the edges: the text, one BOS or none, and one end, which is the last token."""
+    monkeypatch.setattr(tokens, "Tokenizer", types.SimpleNamespace(from_file=from_file))
+    talk, begin = tokens.Chat(SHARED / folder, template), [1] * (folder in FOLDERS[:2])
+    for e in [*real_rows(), *(example("x" + text, text) for text in EDGES)]:
+        ids, answer = talk.prompt_ids(e.prompt), talk.response_ids(e.response)
+        assert same_text(talk, ids + answer, e.prompt, e.response)
+        assert [i for i in ids if i == talk.tokenizer.token_to_id("<s>")] == begin
+        assert answer.index(talk.end_id) == len(answer) - 1
