@@ -50,5 +50,6 @@ def resume(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: 
     weights = dict(net.named_parameters())
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")
-        optimizer.state[weights[name]][part] = tensor
+        place = "cpu" if part == "step" else weights[name].device  # as AdamW keeps them
+        optimizer.state[weights[name]][part] = tensor.to(place)
     return state

@@ -133,12 +133,11 @@ def read_choices(path: Path) -> list[tuple[str, tuple, tuple]]:
 
 
 @torch.no_grad()
-def answer_choices(
-    net: model.Transformer, chat: tokens.Chat, path: Path, normalise: bool, limit: int | None
-) -> dict[str, float]:
-    """Mean mc1 and mc2 over a file's questions, by sums of log-probs or, normalised, by means."""
+def answer_choices(net: model.Transformer, chat: tokens.Chat, questions: Sequence[tuple],
+                   normalise: bool) -> dict[str, float]:
+    """Mean mc1 and mc2 over the questions, by sums of log-probs or, normalised, by their means."""
     found, device = [], next(net.parameters()).device
-    for question, *sets in read_choices(path)[:limit]:
+    for question, *sets in questions:
         for which, (choices, labels) in enumerate(sets):
             rows = [data.Example((("user", question),), c, 1.0, "sft", question) for c in choices]
             batch = tokens.collate([tokens.encode(e, chat, 10**9) for e in rows], device)
@@ -166,24 +165,25 @@ def main(argv: list[str] | None = None) -> None:
         config.check_device(args.device)
         folder = model.resolve(args.model)
         chat = tokens.Chat(folder, args.template, args.adapter)
-        net = model.load(folder, getattr(torch, args.dtype), args.device)
+        net = model.load(folder, getattr(torch, args.dtype), args.device).eval()
         if args.adapter:
             lora.load(net, args.adapter)
-        net.eval()
         for path in map(Path, args.data):
-            if path.suffix == ".csv" or "mc1_targets" in next(data.rows(path), ("", {}))[1]:
-                print(f"{path}: multiple choice{', per token' * args.normalise}")
-                out = answer_choices(net, chat, path, args.normalise, args.limit)
+            choices = path.suffix == ".csv" or "mc1_targets" in next(data.rows(path), ("", {}))[1]
+            if choices:
+                rows, dropped = read_choices(path)[: args.limit], []
             else:
                 examples = data.read(path)[0][: args.limit]
                 rows, dropped = tokens.encode_all(examples, chat, args.max_length)
-                print(f"{path}: {len(rows)} rows, {len(dropped)} dropped as too long")
-                if not rows:
-                    raise ValueError(f"{path} holds no row of up to {args.max_length} tokens")
-                out = held_out(net, data.grouped(rows), args.beta, args.micro_batch_tokens)
+            print(f"{path}: {len(rows)} {'questions' * choices or 'rows'}, {len(dropped)} too long")
+            if not rows:
+                raise ValueError(f"{path} holds nothing of up to {args.max_length} tokens")
+            out = (answer_choices(net, chat, rows, args.normalise) if choices else
+                   held_out(net, data.grouped(rows), args.beta, args.micro_batch_tokens))
             print("".join(f"  {name:<20} {value:.4f}\n" for name, value in sorted(out.items())))
     except (ValueError, OSError, KeyError) as error:
-        parser.exit(2, f"evaluate.py: {'no column ' * isinstance(error, KeyError)}{error}\n")
+        what = f"{path}: no column {error}" if isinstance(error, KeyError) else error
+        parser.exit(2, f"evaluate.py: {what}\n")
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def test_the_first_step_of_adamw_is_the_same_for_uft_and_sft():
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(base, files, tmp_path, dropout):
     """From the middle of either epoch, past a checkpoint that a kill left half-written.
     Red: checkpoint.py:resume: `torch.set_rng_state(tensors.pop("rng"))` -> `tensors.pop("rng")`
-    Red: checkpoint.py:resume: `optimizer.state[weights[name]][part] = tensor` -> `pass`
+    Red: checkpoint.py:resume: `optimizer.state[weights[name]][part] = tensor.to(place)` -> `pass`
     Red: checkpoint.py:resume: `if not p.suffix` -> `if p`
     Red: train.py:train: `config, state["step"])` -> `config, 0)`"""
     flags = ("--steps", "8", "--save_every", "3", "--lora_dropout", dropout)
