@@ -8,7 +8,7 @@ Conventions, once for the file:
   chosen, rejected the two rows of each pair, shape (P,)
 Nothing here is reduced: a loss returns one number per row (B,) or per pair (P,), and the one
 division happens in train.train_step. In the gradients below u = implicit_reward and s = sigmoid(u);
-every dL/dlogps is proved in tests/test_losses.py. Read top to bottom: each loss uses only what
+every dL/dlogps is proved in tests/test_losses*.py. Read top to bottom: each loss uses only what
 stands above it.
 """
 import math
