@@ -19,7 +19,8 @@ def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dic
     """Writes out/checkpoints/step-N aside and renames it, N = state["step"]."""
     final = out / "checkpoints" / f"step-{state['step']}"
     part = final.with_suffix(".part")
-    lora.save(net, part, "")
+    base = json.loads((out / "config.json").read_text("utf-8"))["model"]
+    lora.save(net, part, base)
     names = {p: n for n, p in net.named_parameters()}
     tensors = {f"{names[p]}/{k}": v for p, s in optimizer.state.items() for k, v in s.items()}
     save_file(tensors | {"rng": torch.get_rng_state()}, part / "optimizer.safetensors")

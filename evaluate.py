@@ -50,7 +50,8 @@ def measure(
 
     rewards/* is the implicit reward, dlogp/* the log-prob change from the reference in nats, both
     per kind; target/mean the explicit reward, score_mse (sigmoid(r_theta) - r)^2 over rows that are
-    no demonstrations. A pair counts as accurate when the implicit rewards order as the explicit.
+    no demonstrations. A pair counts as accurate when the implicit rewards order as the explicit,
+    and half while they are equal, as before the first step.
     """
     of = {k: torch.tensor([kind == k for kind in kinds]) for k in sorted(set(kinds))}
     out = {f"logps/{k}": logps[rows].mean().item() for k, rows in of.items()}
@@ -67,7 +68,7 @@ def measure(
     if len(first):
         margins = (u[first] - u[first + 1]) * (rewards[first] - rewards[first + 1]).sign()
         out["rewards/margins"] = margins.mean().item()
-        out["rewards/accuracies"] = (margins > 0).float().mean().item()
+        out["rewards/accuracies"] = ((margins.sign() + 1) / 2).mean().item()
     return out
 
 

@@ -51,9 +51,13 @@ def progress(steps: int, start: int) -> tqdm:
 
 
 def step(bar: tqdm, metrics: Mapping[str, float], steps: int, seconds_left: float) -> None:
-    """Shows loss, implicit reward and log-prob change (nats) per kind, tokens per second."""
+    """Shows loss, implicit reward and log-prob change (nats) per kind, tokens per second.
+
+    A loss without a reference shows log-probs instead.
+    """
     parts = [f"loss {metrics['loss']:.4f}"]
-    for name, text in (("rewards/", "reward"), ("dlogp/", "dlogp")):
+    for name, text in (("rewards/", "reward"), ("dlogp/", "dlogp")) \
+            if "rewards/mean" in metrics else (("logps/", "logp"),):
         by_kind = [f"{k.removeprefix(name)} {v:+.2f}" for k, v in metrics.items()
                    if k.startswith(name) and k.removeprefix(name) in KINDS]
         parts += [f"{text} {' '.join(by_kind)}"] * bool(by_kind)
