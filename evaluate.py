@@ -50,8 +50,7 @@ def measure(
 
     rewards/* is the implicit reward, dlogp/* the log-prob change from the reference in nats, both
     per kind; target/mean the explicit reward, score_mse (sigmoid(r_theta) - r)^2 over rows that are
-    no demonstrations. A pair counts as accurate when the implicit rewards order as the explicit,
-    and half while they are equal, as before the first step.
+    no demonstrations. A pair is accurate when implicit and explicit rewards agree; a tie is half.
     """
     of = {k: torch.tensor([kind == k for kind in kinds]) for k in sorted(set(kinds))}
     out = {f"logps/{k}": logps[rows].mean().item() for k, rows in of.items()}
