@@ -23,7 +23,8 @@ import lora
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN = {"train": train.main, "generate": generate.main, "evaluate": evaluate.main, "lora": lora.main}
+MAIN = {"train": train.main, "generate": generate.main, "evaluate": evaluate.main,
+        "lora": lora.main}
 FLAGS = {
     "train": "--model DIR/model --template plain --max_length 100 --held_out 4 --steps 2 "
              "--sample_tokens 0 --out DIR/run",
@@ -61,7 +62,7 @@ CASES = {
     "numbers explode": ("train", {}, "--lr 1e30",
                         "step 2; nan; lora_A; data.jsonl:; --lr 1e+30; run/bad_batch.jsonl"),
     "adapter of another model": ("generate", {}, "--adapter DIR/other",
-                                 "other; model.layers.0.mlp.down_proj; (16, 40); (16, 24); my/base"),
+                                 "model.layers.0.mlp.down_proj; (16, 40); (16, 24); my/base"),
     "merging another's adapter": ("lora", {}, "",
                                   "other; down_proj.weight; (16, 40); DIR/model"),
     # and others

@@ -1,0 +1,175 @@
+"""Theorems about sampling: batches, caches, stops, and draws with the right frequencies."""
+import argparse
+import math
+
+import pytest
+import tiny
+import torch
+
+import generate
+import lora
+import model
+import tokens
+
+PROMPTS = [[3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13], [14, 15, 16, 17]]
+LOGITS = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5], dtype=torch.float64)
+
+
+def argmax_loop(net, prompt, count):
+    """`count` greedy tokens, the whole text read again for each."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(net.logits(net(torch.tensor([ids]))[0, -1]).argmax().item())
+    return ids[len(prompt):]
+
+
+def adapted(dropout=0.5):
+    net, generator = tiny.transformer(), torch.Generator().manual_seed(1)
+    lora.inject(net, 2, 4.0, dropout=dropout, generator=generator)
+    for layer in lora.adapters(net).values():
+        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator))
+    return net
+
+
+def draws(temperature, top_p, count=100_000):
+    """How often each token of LOGITS is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = generate.next_token(LOGITS.expand(count, -1), temperature, top_p, generator)
+    return drawn.bincount(minlength=len(LOGITS)).double()
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 4}], ids=["full", "window"])
+def test_a_batch_answers_as_each_prompt_alone_and_as_without_a_cache(changes):
+    """For prompts of one to seven tokens, in float64.
+    Red: generate.py:sample: `drawn[i] = prompt[position]` -> `pass`
+    Red: generate.py:sample: `net.extend(ids_BT, cache)` -> `net.extend(ids_BT, None)`
+    Red: generate.py:sample: `min(map(len, prompts))` -> `max(map(len, prompts)) - 6`"""
+    net = tiny.transformer(**changes)
+    batch = generate.sample(net, PROMPTS, 9, ())
+    assert batch == [generate.sample(net, [p], 9, ())[0] for p in PROMPTS]
+    assert batch == [argmax_loop(net, p, 9) for p in PROMPTS]
+
+
+def test_a_response_ends_with_the_first_stop_token():
+    """Any of the stop ids ends it; nothing follows; the others go on.
+    Red: generate.py:sample: `r[-1] not in stop_ids` -> `r[-1] != min(stop_ids)`
+    Red: generate.py:sample: `elif open_rows[i]:` -> `else:`"""
+    net = tiny.transformer()
+    free = generate.sample(net, PROMPTS, 9, ())
+    stops = {free[0][2], free[2][4]}
+    ends = [next((i + 1 for i, t in enumerate(r) if t in stops), 9) for r in free]
+    cut = [response[:end] for response, end in zip(free, ends, strict=True)]
+    assert generate.sample(net, PROMPTS, 9, stops) == cut and len(set(ends)) > 1
+
+
+@pytest.mark.parametrize("most", [0, 1, 5])
+def test_a_response_has_at_most_max_new_tokens(most):
+    """Red: generate.py:sample: `len(r) < max_new_tokens and` -> `len(r) <= max_new_tokens and`
+    Red: generate.py:sample: `len(r) < max_new_tokens and` -> `(not r or len(r) < max_new_tokens) and`
+    """
+    assert [len(r) for r in generate.sample(tiny.transformer(), PROMPTS, most, ())] == [most] * 4
+
+
+@pytest.mark.parametrize("temperature, top_p, kept", [
+    (1.0, 1.0, [0, 1, 2, 3, 4]), (0.5, 1.0, [0, 1, 2, 3, 4]), (2.0, 0.8, [0, 1, 2, 4]),
+    (1.0, 0.8, [0, 2, 4]), (1.0, 0.75, [0, 2]), (1.0, 0.5, [2])])
+def test_draws_follow_the_softmax_of_the_smallest_set_that_reaches_top_p(temperature, top_p, kept):
+    """p = .207, .076, .563, .028, .126, at temperature 2 .227, .138, .374, .084, .177: the two
+    likeliest of the first reach .770, three .896. Chi-square of 1e5 draws below 30.
+    Red: generate.py:next_token: `logits_BV / temperature` -> `logits_BV * temperature`
+    Red: generate.py:next_token: `before >= top_p` -> `before + probs >= top_p`
+    Red: generate.py:next_token: `before >= top_p` -> `before > 1`
+    Red: generate.py:next_token: `ids.gather(-1, drawn)` -> `drawn`"""
+    probs = (LOGITS / temperature).softmax(-1)
+    found, expected = draws(temperature, top_p), torch.zeros_like(probs)
+    expected[kept] = 100_000 * probs[kept] / probs[kept].sum()
+    assert found[expected == 0].sum() == 0
+    assert ((found - expected).square() / expected)[kept].sum() < 30
+
+
+def test_temperature_zero_takes_the_likeliest():
+    """Red: generate.py:next_token: `logits_BV.argmax(-1)` -> `logits_BV.argmin(-1)`"""
+    assert draws(0.0, 0.1, 7).tolist() == [0, 0, 7, 0, 0]
+
+
+def test_one_seed_gives_one_sample():
+    """Red: generate.py:next_token: `generator=generator)` -> `generator=None)`"""
+    net = tiny.transformer()
+    said = [generate.sample(net, PROMPTS, 9, (), 1.0, 1.0, torch.Generator().manual_seed(seed))
+            for seed in (5, 5, 6)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_adapters_are_on_and_dropout_is_off_while_sampling():
+    """And the model is left in the mode it was in.
+    Red: generate.py:sample: `net.eval()` -> `pass`
+    Red: generate.py:sample: `net.train(training)` -> `pass`
+    Red: lora.py:LoRALinear.forward: `not self.enabled or` -> `True or`"""
+    net, still = adapted().train(), adapted(dropout=0.0)
+    said = generate.sample(net, PROMPTS, 9, ())
+    assert net.training and said == [argmax_loop(still, p, 9) for p in PROMPTS]
+    assert said != generate.sample(tiny.transformer(), PROMPTS, 9, ())
+
+
+def test_no_prompts_give_no_responses_and_an_empty_one_is_refused():
+    """Red: generate.py:sample: `if not prompts:` -> `if 0:`
+    Red: generate.py:sample: `if not all(prompts):` -> `if 0:`"""
+    assert generate.sample(tiny.transformer(), [], 9, ()) == []
+    with pytest.raises(ValueError, match="no tokens"):
+        generate.sample(tiny.transformer(), [[3], []], 9, ())
+
+
+def scripted(monkeypatch, *answers):
+    """Replaces sample by answers in order; returns the list of prompts it is given."""
+    asked, left = [], list(answers)
+    monkeypatch.setattr(generate, "sample", lambda net, prompts, *_: (
+        asked.extend(prompts), [left.pop(0) for _ in prompts])[1])
+    return asked
+
+
+def test_complete_drops_the_end_token_and_nothing_else(base, monkeypatch):
+    """A cut response keeps its last token; inner blanks stay.
+    Red: generate.py:complete: `ids = ids[:-1] if` -> `ids = ids if`
+    Red: generate.py:complete: `if ids and ids[-1] in chat.stop_ids` -> `if 1`"""
+    chat = tokens.Chat(base, "plain")
+    ended, cut = chat.response_ids("one  two"), chat.response_ids(" three ")[:-1]
+    scripted(monkeypatch, ended, cut, [chat.end_id])
+    asked = [(("user", "Say one."),)] * 3
+    assert generate.complete(None, chat, asked, 9) == ["one  two", " three ", ""]
+
+
+def test_a_chat_remembers_its_turns(base, monkeypatch, capsys):
+    """Each prompt is the whole conversation so far.
+    Red: generate.py:converse: `said.append(("assistant", answer))` -> `pass`
+    Red: generate.py:converse: `print(answer)` -> `pass`"""
+    chat, typed = tokens.Chat(base, "chatml"), iter(["one", "two"])
+    asked = scripted(monkeypatch, chat.response_ids("ten"), chat.response_ids("nine"))
+
+    def ask(_):
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", ask)
+    generate.converse(None, chat, argparse.Namespace(
+        seed=0, max_new_tokens=9, temperature=0.0, top_p=1.0))
+    first = (("user", "one"),)
+    assert asked == [chat.prompt_ids(first),
+                     chat.prompt_ids((*first, ("assistant", "ten"), ("user", "two")))]
+    assert capsys.readouterr().out == "ten\nnine\n"
+
+
+def test_the_command_answers_each_prompt_greedily(base, capsys):
+    """With the adapter it is given: the same text as complete.
+    Red: generate.py:main: `lora.load(net, args.adapter)` -> `pass`
+    Red: generate.py:main: `for p in args.prompt]` -> `for p in args.prompt[:1]]`"""
+    net, folder = model.load(base, torch.float32), base.parent / "sampled"
+    lora.inject(net, 2, 4.0, generator=torch.Generator().manual_seed(0))
+    for layer in lora.adapters(net).values():
+        layer.lora_B.data.fill_(math.sqrt(0.1))
+    lora.save(net, folder, "tiny")
+    generate.main(["--model", str(base), "--adapter", str(folder), "--template", "plain",
+                   "--max_new_tokens", "5", "--prompt", "Say one", "--prompt", "Say two and six"])
+    want = generate.complete(net, tokens.Chat(base, "plain"), [
+        (("user", "Say one"),), (("user", "Say two and six"),)], 5)
+    assert capsys.readouterr().out == "\n\n".join(want) + "\n"
