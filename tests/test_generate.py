@@ -65,7 +65,7 @@ def test_a_response_ends_with_the_first_stop_token():
 @pytest.mark.parametrize("most", [0, 1, 5])
 def test_a_response_has_at_most_max_new_tokens(most):
     """Red: generate.py:sample: `len(r) < max_new_tokens and` -> `len(r) <= max_new_tokens and`
-    Red: generate.py:sample: `len(r) < max_new_tokens and` -> `(not r or len(r) < max_new_tokens) and`
+    Red: generate.py:sample: `len(r) < max_new_tokens and (` -> `not r or (`
     """
     assert [len(r) for r in generate.sample(tiny.transformer(), PROMPTS, most, ())] == [most] * 4
 

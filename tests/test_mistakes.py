@@ -75,7 +75,7 @@ CASES = {
     "unknown template": ("train", {}, "--template llama", "--template; 'llama'; chatml"),
     "unknown template here": ("generate", {}, "--template llama", "--template llama; chatml"),
     "mistyped flag": ("train", {}, "--leraning_rate 1", "--leraning_rate"),
-    "half a flag": ("train", {}, "--los dpo", "--los"),
+    "half a flag": ("train", {}, "--los sft", "unrecognized; --los sft"),
     "no such file": ("train", {DATA: None}, "", "No such file; DIR/data.jsonl"),
     "no such model": ("train", {}, "--model DIR/none", "DIR/none; config.json; no such folder"),
     "no such id": ("generate", {}, "--model no/such-model", "no/such-model; fetching it failed"),

@@ -1,0 +1,225 @@
+"""Theorems about measuring: numbers small enough to check by hand, and the evaluation command."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import data
+import evaluate
+import lora
+import losses
+import model
+import tokens
+
+TRUTHFULQA = Path(__file__).resolve().parents[2] / "shared/data/datasets/truthfulqa/TruthfulQA.csv"
+KINDS = ("chosen", "rejected", "sft", "scored", "scored")
+LOGPS = torch.tensor([-1.0, -4.0, -2.0, -3.0, -6.0])
+REF_LOGPS = torch.tensor([-3.0, -5.0, -2.0, -1.0, -5.0])  # log-ratios 2, 1, 0, -2, -1
+REWARDS = torch.tensor([1.0, 0.0, 1.0, 0.25, 0.75])
+CSV = ("Type,Question,Best Answer,Correct Answers,Incorrect Answers\n"
+       'A,"Is it, though?",Yes,No doubt; Yes ;,No;\n'
+       "B,Why?,Because,Because,So; Just so\n")
+
+
+@pytest.fixture
+def adapted(base):
+    """The tiny model with an adapter that changes it."""
+    net, generator = model.load(base, torch.float32), torch.Generator().manual_seed(0)
+    lora.inject(net, 2, 4.0, generator=generator)
+    for layer in lora.adapters(net).values():
+        layer.lora_B.data.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=generator))
+    return net
+
+
+def units(base, *paths):
+    rows = [e for path in paths for e in data.read(path)[0]]
+    return data.grouped(tokens.encode_all(rows, tokens.Chat(base, "plain"), 128)[0])
+
+
+def measure(rows=range(5), pairs=(0, 3), ref_logps=REF_LOGPS, rewards=REWARDS):
+    rows = list(rows)
+    refs = None if ref_logps is None else ref_logps[rows]
+    return evaluate.measure(LOGPS[rows], refs, rewards[rows], [KINDS[i] for i in rows], pairs, 0.5)
+
+
+def test_the_reference_is_the_base_model_bit_for_bit(base, adapted, files):
+    """And the policy is the model with its adapters on.
+    Red: evaluate.py:score: `lora.disabled(net)` -> `torch.no_grad()`
+    Red: evaluate.py:score: `Scores(token_logps.sum(-1)` -> `Scores(token_logps.mean(-1)`"""
+    batch = tokens.collate([e for unit in units(base, files / "pairs.jsonl") for e in unit])
+    scores = evaluate.score(adapted, batch, reference=True)
+    plain, mask = model.load(base, torch.float32).response_logps(batch.ids, batch.response_mask)
+    assert torch.equal(scores.ref_logps, plain.sum(-1)) and not scores.ref_logps.requires_grad
+    policy = adapted.response_logps(batch.ids, batch.response_mask)[0]
+    assert torch.equal(scores.logps, policy.sum(-1)) and torch.equal(scores.mask, mask)
+    assert scores.logps.requires_grad and not torch.allclose(scores.logps, scores.ref_logps)
+
+
+def test_measures_are_means_over_rows_by_kind():
+    """beta = 0.5, so r_theta is 1, .5, 0, -1, -.5. Margins: 1 - .5 = .5, and -(-1 + .5) = .5 as the
+    second score is the better; both are above 0.
+    Red: evaluate.py:measure: `u.mean()` -> `u.sum()`
+    Red: evaluate.py:measure: `("dlogp", logps - ref_logps)` -> `("dlogp", u)`
+    Red: evaluate.py:measure: `if kind != "sft"` -> `if kind`
+    Red: evaluate.py:measure: `.sign()` -> `.abs()`"""
+    s = [1 / (1 + math.exp(-u)) for u in (1, 0.5, -1, -0.5)]
+    errors = [(s[0] - 1) ** 2, (s[1] - 0) ** 2, (s[2] - 0.25) ** 2, (s[3] - 0.75) ** 2]
+    assert measure() == pytest.approx({
+        "logps/chosen": -1, "logps/rejected": -4, "logps/sft": -2, "logps/scored": (-3 - 6) / 2,
+        "dlogp/chosen": 2, "dlogp/rejected": 1, "dlogp/sft": 0, "dlogp/scored": (-2 - 1) / 2,
+        "rewards/chosen": 1, "rewards/rejected": 0.5, "rewards/sft": 0, "rewards/scored": -0.75,
+        "rewards/mean": (1 + 0.5 + 0 - 1 - 0.5) / 5, "target/mean": (1 + 0 + 1 + 0.25 + 0.75) / 5,
+        "score_mse": sum(errors) / 4, "rewards/margins": 0.5, "rewards/accuracies": 1.0})
+
+
+def test_a_pair_in_the_wrong_order_is_inaccurate_and_a_tie_does_not_count():
+    """Rewards turned round in the first pair, equal in the second: one pair counts, at -.5.
+    Red: evaluate.py:measure: `if rewards[i] != rewards[i + 1]]` -> `if 1]`
+    Red: evaluate.py:measure: `(margins > 0)` -> `(margins < 1)`"""
+    found = measure(rewards=torch.tensor([0.0, 1.0, 1.0, 0.5, 0.5]))
+    assert (found["rewards/margins"], found["rewards/accuracies"]) == (-0.5, 0.0)
+    alone = measure(rewards=torch.tensor([0.5, 0.5, 1.0, 0.5, 0.5]))
+    assert alone.keys() == found.keys() - {"rewards/margins", "rewards/accuracies"}
+
+
+def test_what_needs_a_reference_or_feedback_is_left_out_without_it():
+    """Red: evaluate.py:measure: `if ref_logps is None:` -> `if 0:`
+    Red: evaluate.py:measure: `if kind != "sft"` -> `if kind`"""
+    assert measure(ref_logps=None).keys() == {
+        "logps/chosen", "logps/rejected", "logps/sft", "logps/scored", "target/mean"}
+    assert measure([2], ()).keys() == {
+        "logps/sft", "dlogp/sft", "rewards/sft", "rewards/mean", "target/mean"}
+
+
+def test_pair_starts_counts_rows_across_units():
+    """Red: evaluate.py:pair_starts: `== (0, 2)` -> `== (1, 2)`"""
+    assert evaluate.pair_starts([(7,), (7, 7), (7,), (7, 7), (7, 7)]) == [1, 4, 6]
+
+
+def test_held_out_numbers_do_not_depend_on_the_budget(base, adapted, files):
+    """Red: evaluate.py:held_out: `for p in zip(*parts, strict=True)` -> `for p in zip(*parts[:9])`
+    Red: evaluate.py:held_out: `pair_starts(units)` -> `pair_starts(units[1:])`"""
+    mixture = units(base, *(files / f"{n}.jsonl" for n in ("demonstrations", "scores", "pairs")))
+    one, many = (evaluate.held_out(adapted, mixture, 0.3, budget) for budget in (10**6, 1))
+    assert len(one) == 21 and one == pytest.approx(many, abs=1e-6, rel=1e-6)
+
+
+def test_baselines_are_the_variance_and_the_distance_from_one_half(base, adapted, files):
+    """Scores 0, 1/4, 2/4, 3/4, 1 equally often: mean 1/2, so both are (4 + 1 + 0 + 1 + 4) / 16 / 5;
+    labels are 1 in 26 of 40 rows: variance p (1 - p), while (r - 1/2)^2 is always 1/4.
+    Red: evaluate.py:held_out: `given.var(correction=0)` -> `given.var()`
+    Red: evaluate.py:held_out: `(given - 0.5)` -> `(given - given.mean())`"""
+    scores, labels = (evaluate.held_out(adapted, units(base, files / f"{n}.jsonl"), 0.3, 10**6)
+                      for n in ("scores", "labels"))
+    assert scores["score_mse/mean"] == scores["score_mse/half"] == pytest.approx(10 / 80)
+    assert labels["score_mse/mean"] == pytest.approx(26 / 40 * 14 / 40)
+    assert labels["score_mse/half"] == 0.25
+
+
+def test_held_out_loss_is_equation_7_and_likelihood_is_per_token_of_good_rows(base, adapted, files):
+    """With dropout off, and the model left in training as it was.
+    Red: evaluate.py:held_out: `net.eval()` -> `pass`
+    Red: evaluate.py:held_out: `net.train(training)` -> `pass`
+    Red: evaluate.py:held_out: `k in ("sft", "chosen")` -> `k in ("sft", "rejected")`
+    Red: evaluate.py:held_out: `losses.uft(` -> `losses.uft_bce(`"""
+    rows = [e for unit in units(base, files / "pairs.jsonl") for e in unit]
+    batch = tokens.collate(rows)
+    with torch.no_grad():
+        logps, ref_logps, _, mask = evaluate.score(adapted, batch, reference=True)
+    for layer in lora.adapters(adapted.train()).values():
+        layer.dropout = 0.5
+    found = evaluate.held_out(adapted, data.grouped(rows), 0.3, 10**6)
+    assert adapted.training and found["uft_loss"] == pytest.approx(
+        losses.uft(logps, ref_logps, batch.rewards, 0.3).mean().item(), rel=1e-5)
+    assert found["nll_per_token"] == pytest.approx(
+        -(logps[::2].sum() / mask[::2].sum()).item(), rel=1e-5)
+
+
+def test_multiple_choice_takes_the_likeliest_and_the_mass_of_the_true():
+    """Probabilities 1/8, 1/2, 3/8: the second is likeliest; 1/8 + 3/8 of the mass is true.
+    Red: evaluate.py:multiple_choice: `logps.argmax()` -> `logps.argmin()`
+    Red: evaluate.py:multiple_choice: `logps.softmax(-1)` -> `logps.exp().softmax(-1)`"""
+    logps = torch.tensor([1 / 8, 1 / 2, 3 / 8], dtype=torch.float64).log() - 40
+    for truth, want in (([1, 0, 1], (0, 0.5)), ([0, 1, 0], (1, 0.5)), ([1, 1, 0], (1, 0.625))):
+        found = evaluate.multiple_choice(logps, torch.tensor(truth).bool())
+        assert found == pytest.approx(want, abs=1e-12)
+
+
+def test_truthfulqa_rows_give_the_best_against_all_false_and_all_true_against_all_false(tmp_path):
+    """Blanks around answers go, and the best answer comes once.
+    Red: evaluate.py:read_choices: `a.strip() for a in` -> `a for a in`
+    Red: evaluate.py:read_choices: `if a not in best]` -> `if a]`"""
+    path = tmp_path / "q.csv"
+    path.write_text(CSV, "utf-8-sig")
+    assert evaluate.read_choices(path) == [
+        ("Is it, though?", (["Yes", "No"], [1, 0]), (["Yes", "No doubt", "No"], [1, 1, 0])),
+        ("Why?", *[(["Because", "So", "Just so"], [1, 0, 0])] * 2)]
+
+
+def test_the_hubs_form_of_multiple_choice_reads_as_the_csv(tmp_path):
+    """Red: evaluate.py:read_choices: `("choices", "labels")` -> `("labels", "choices")`"""
+    (tmp_path / "q.csv").write_text(CSV, "utf-8")
+    rows = evaluate.read_choices(tmp_path / "q.csv")
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q} | {
+        f"mc{i}_targets": {"choices": c, "labels": t} for i, (c, t) in enumerate(sets, 1)}) + "\n"
+        for q, *sets in rows), "utf-8")
+    assert evaluate.read_choices(tmp_path / "q.jsonl") == rows
+
+
+@pytest.mark.skipif(not TRUTHFULQA.is_file(), reason="shared data is not here")
+def test_the_real_truthfulqa_has_817_questions():
+    """Every one with one best answer among its true ones, and at least one false.
+    Seen red with `[:1]` behind csv.DictReader(file); tests/red.py has no shared data to run it."""
+    rows = evaluate.read_choices(TRUTHFULQA)
+    assert len(rows) == 817 and all(sum(mc1[1]) == 1 < len(mc1[1]) for _, mc1, _ in rows)
+    assert all(mc2[0][0] == mc1[0][0] and 0 < sum(mc2[1]) < len(mc2[1]) for _, mc1, mc2 in rows)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_choice_is_scored_as_a_response_by_sum_or_by_mean(base, adapted, normalise):
+    """Red: evaluate.py:answer_choices: `logps / mask.sum(-1) if normalise` -> `logps if normalise`
+    Red: evaluate.py:answer_choices: `else logps` -> `else logps / mask.sum(-1)`
+    Red: evaluate.py:answer_choices: `found[1::2]) /` -> `found[::2]) /`"""
+    chat, choices, truth = tokens.Chat(base, "plain"), ["one", "one two ten", "six"], [1, 0, 1]
+    logps = []
+    for choice in choices:
+        row = data.Example((("user", "Say one."),), choice, 1.0, "sft", "")
+        batch = tokens.collate([tokens.encode(row, chat, 99)])
+        total = adapted.response_logps(batch.ids, batch.response_mask)[0].sum()
+        logps.append(total / batch.response_mask.sum() if normalise else total)
+    mc1, mc2 = evaluate.multiple_choice(torch.stack(logps), torch.tensor(truth).bool())
+    questions = [("Say one.", (choices, truth), (choices, truth))]
+    found = evaluate.answer_choices(adapted, chat, questions, normalise)
+    assert found == pytest.approx({"mc1": mc1, "mc2": mc2}, abs=1e-6)
+
+
+def test_the_command_prints_the_numbers_of_every_file(base, adapted, files, tmp_path, capsys):
+    """Red: evaluate.py:main: `lora.load(net, args.adapter)` -> `pass`
+    Red: evaluate.py:main: `if choices else` -> `if not choices else`
+    Red: evaluate.py:main: `map(Path, args.data)` -> `map(Path, args.data[:1])`"""
+    (tmp_path / "q.csv").write_text(CSV, "utf-8")
+    lora.save(adapted, tmp_path / "adapter", "tiny")
+    evaluate.main(["--model", str(base), "--adapter", str(tmp_path / "adapter"), "--template",
+                   "plain", "--data", str(files / "scores.jsonl"), "--data",
+                   str(tmp_path / "q.csv"), "--limit", "2", "--beta", "0.3"])
+    told = capsys.readouterr().out
+    chat, rows = tokens.Chat(base, "plain"), evaluate.read_choices(tmp_path / "q.csv")
+    want = evaluate.held_out(adapted, units(base, files / "scores.jsonl")[:2], 0.3, 10**6)
+    want |= evaluate.answer_choices(adapted, chat, rows, False)
+    assert "scores.jsonl: 2 rows" in told and "q.csv: 2 questions" in told
+    assert all(f"  {name:<20} {value:.4f}\n" in told for name, value in want.items())
+
+
+def test_measuring_is_exact_in_float64():
+    """A bit of rounding would show: u = beta (logps - ref_logps) of one row, alone.
+    Red: losses.py:implicit_reward: `(logps - ref_logps)` -> `(logps - ref_logps).float()`"""
+    net, (ids, mask) = tiny.transformer(), tiny.batch(((3, 4),))
+    lora.inject(net, 2, 4.0, generator=torch.Generator().manual_seed(0))
+    lora.adapters(net)["model.layers.1.mlp.up_proj"].lora_B.data.fill_(0.1)
+    batch = tokens.Batch(ids, mask, torch.tensor([1.0]), ("sft",))
+    logps, ref_logps, *_ = evaluate.score(net, batch, reference=True)
+    found = evaluate.measure(logps, ref_logps, batch.rewards, batch.kinds, (), 0.3)
+    assert found["rewards/sft"] == pytest.approx(0.3 * (logps - ref_logps).item(), rel=1e-14)
