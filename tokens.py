@@ -105,7 +105,8 @@ def compile_template(source: str):
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
-        return environment.from_string(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source))
+        # TRL's {% generation %} marks become the block that does nothing
+        return environment.from_string(re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", source))
     except TemplateError as error:
         raise ValueError(f"the chat template is broken: {error}") from None
 
