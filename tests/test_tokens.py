@@ -190,6 +190,13 @@ def test_the_template_is_looked_for_in_adapter_then_file_then_key(tmp_path):
     assert "[INST]" in tokens.template_source(folders, "mistral-inst")
 
 
+def test_generation_marks_leave_nothing_behind_but_their_content():
+    """Neither their line's blanks nor its end, and `-` strips as in any other block.
+    Red: tokens.py:compile_template: `(end)?` -> ``"""
+    source = "a\n  {% generation %}\nb \n {%- endgeneration %}\n"
+    assert tokens.compile_template(source).render() == "a\nb"
+
+
 @every_chat
 @pytest.mark.parametrize(("bos", "eos"), [(True, [7, 3]), (False, 9)])
 def test_a_saved_adapter_asks_and_stops_as_its_training_did(tmp_path, kind, template, bos, eos):

@@ -1,6 +1,7 @@
 """Templates and token ids against transformers: the same text, the same ids.
 
-Run with transformers installed. What is known to differ, and why, is a test of its own.
+Run with transformers installed. What is known to differ, and why, is a test of its own. Seen red
+with add_special_tokens=True, without the BOS, and with skip_special_tokens=True.
 """
 import functools
 from pathlib import Path
@@ -55,6 +56,23 @@ def test_a_conversation_renders_as_in_transformers(folder, name, generation):
     for talk in talks():
         text = ours(folder, name).render(talk, generation)
         assert text == theirs(folder, name, talk, tokenize=False, add_generation_prompt=generation)
+
+
+LAYOUT = """{% for m in messages %}
+    {% if m.role == 'system' %}
+        {% continue %}
+    {% endif %}
+    {{ m | tojson }} {{ strftime_now('%Y') }} {% generation %}{{ m.content }}{% endgeneration %}
+{% endfor %}
+"""
+
+
+def test_blocks_loops_json_dates_and_generation_marks_render_as_in_transformers():
+    """The settings that the real templates above leave untried.
+    Seen red with trim_blocks, lstrip_blocks or ensure_ascii turned over."""
+    listed = [{"role": r, "content": c} for r, c in (*TALKS[3], ("user", "<b> & '"))]
+    text = peer(OWN[0]).apply_chat_template(listed, chat_template=LAYOUT, tokenize=False)
+    assert tokens.compile_template(LAYOUT).render(messages=listed) == text
 
 
 @pytest.mark.parametrize(("folder", "name"), CASES[:15])
