@@ -76,13 +76,16 @@ def test_measures_are_means_over_rows_by_kind():
 
 
 def test_a_pair_in_the_wrong_order_is_inaccurate_and_a_tie_does_not_count():
-    """Rewards turned round in the first pair, equal in the second: one pair counts, at -.5.
+    """Ratings turned round in the first pair, equal in the second: one pair counts, at -.5. It
+    counts half where the implicit rewards are equal.
     Red: evaluate.py:measure: `if rewards[i] != rewards[i + 1]]` -> `if 1]`
-    Red: evaluate.py:measure: `(margins > 0)` -> `(margins < 1)`"""
+    Red: evaluate.py:measure: `(margins.sign() + 1) / 2` -> `margins.sign()`
+    Red: evaluate.py:measure: `(margins.sign() + 1) / 2` -> `(margins > 0).float()`"""
     found = measure(rewards=torch.tensor([0.0, 1.0, 1.0, 0.5, 0.5]))
     assert (found["rewards/margins"], found["rewards/accuracies"]) == (-0.5, 0.0)
     alone = measure(rewards=torch.tensor([0.5, 0.5, 1.0, 0.5, 0.5]))
     assert alone.keys() == found.keys() - {"rewards/margins", "rewards/accuracies"}
+    assert measure(ref_logps=LOGPS)["rewards/accuracies"] == 0.5
 
 
 def test_what_needs_a_reference_or_feedback_is_left_out_without_it():
