@@ -39,7 +39,8 @@ def header(net: model.Transformer, config: Config, told: Sequence[str], dropped:
 
 def example(row: tokens.Encoded, chat: tokens.Chat) -> str:
     """One row as the model sees it: the prompt, then the scored part between markers."""
-    prompt, answer = chat.decode(row.ids[: row.prompt_len]), chat.decode(row.ids[row.prompt_len:])
+    prompt = chat.decode(row.ids[: row.prompt_len])
+    answer = chat.decode(row.ids)[len(prompt):]
     return (f"example {row.where}, reward {row.reward:.2f}: only the part in >>> <<< is trained, "
             f"it ends with token {row.ids[-1]}\n    "
             + f"{prompt} >>>{answer}<<<".replace("\n", "\n    "))

@@ -167,7 +167,10 @@ class Chat:
         between, _, end = after.removeprefix(before).partition(GUARD)
         end = end.strip() or self.eos
         end_id = self.tokenizer.token_to_id(end)
-        if end_id is None or not after.startswith(before):
+        if not after.startswith(before):
+            raise ValueError(f"template {name!r} writes an answer elsewhere than behind its own "
+                             "generation prompt: choose another --template")
+        if end_id is None:
             raise ValueError(f"template {name!r} ends an answer with {end!r}, which is no token of "
                              "this tokenizer: choose another --template")
         return between if between.isspace() else "", end_id
