@@ -17,7 +17,7 @@ import tokens
 TRUTHFULQA = Path(__file__).resolve().parents[2] / "shared/data/datasets/truthfulqa/TruthfulQA.csv"
 KINDS = ("chosen", "rejected", "sft", "scored", "scored")
 LOGPS = torch.tensor([-1.0, -4.0, -2.0, -3.0, -6.0])
-REF_LOGPS = torch.tensor([-3.0, -5.0, -2.0, -1.0, -5.0])  # log-ratios 2, 1, 0, -2, -1
+REF_LOGPS = torch.tensor([-3.0, -5.0, -2.0, -2.0, -8.0])  # log-ratios 2, 1, 0, -1, 2
 REWARDS = torch.tensor([1.0, 0.0, 1.0, 0.25, 0.75])
 CSV = ("Type,Question,Best Answer,Correct Answers,Incorrect Answers\n"
        'A,"Is it, though?",Yes,No doubt; Yes ;,No;\n'
@@ -59,20 +59,20 @@ def test_the_reference_is_the_base_model_bit_for_bit(base, adapted, files):
 
 
 def test_measures_are_means_over_rows_by_kind():
-    """beta = 0.5, so r_theta is 1, .5, 0, -1, -.5. Margins: 1 - .5 = .5, and -(-1 + .5) = .5 as the
+    """beta = 0.5, so r_theta is 1, .5, 0, -.5, 1. Margins: 1 - .5 = .5, and -(-.5 - 1) = 1.5 as the
     second score is the better; both are above 0.
     Red: evaluate.py:measure: `u.mean()` -> `u.sum()`
     Red: evaluate.py:measure: `("dlogp", logps - ref_logps)` -> `("dlogp", u)`
     Red: evaluate.py:measure: `if kind != "sft"` -> `if kind`
-    Red: evaluate.py:measure: `.sign()` -> `.abs()`"""
-    s = [1 / (1 + math.exp(-u)) for u in (1, 0.5, -1, -0.5)]
+    Red: evaluate.py:measure: `+ 1]).sign()` -> `+ 1]).abs()`"""
+    s = [1 / (1 + math.exp(-u)) for u in (1, 0.5, -0.5, 1)]
     errors = [(s[0] - 1) ** 2, (s[1] - 0) ** 2, (s[2] - 0.25) ** 2, (s[3] - 0.75) ** 2]
     assert measure() == pytest.approx({
         "logps/chosen": -1, "logps/rejected": -4, "logps/sft": -2, "logps/scored": (-3 - 6) / 2,
-        "dlogp/chosen": 2, "dlogp/rejected": 1, "dlogp/sft": 0, "dlogp/scored": (-2 - 1) / 2,
-        "rewards/chosen": 1, "rewards/rejected": 0.5, "rewards/sft": 0, "rewards/scored": -0.75,
-        "rewards/mean": (1 + 0.5 + 0 - 1 - 0.5) / 5, "target/mean": (1 + 0 + 1 + 0.25 + 0.75) / 5,
-        "score_mse": sum(errors) / 4, "rewards/margins": 0.5, "rewards/accuracies": 1.0})
+        "dlogp/chosen": 2, "dlogp/rejected": 1, "dlogp/sft": 0, "dlogp/scored": (-1 + 2) / 2,
+        "rewards/chosen": 1, "rewards/rejected": 0.5, "rewards/sft": 0, "rewards/scored": 0.25,
+        "rewards/mean": (1 + 0.5 + 0 - 0.5 + 1) / 5, "target/mean": (1 + 0 + 1 + 0.25 + 0.75) / 5,
+        "score_mse": sum(errors) / 4, "rewards/margins": 1.0, "rewards/accuracies": 1.0})
 
 
 def test_a_pair_in_the_wrong_order_is_inaccurate_and_a_tie_does_not_count():
@@ -103,8 +103,7 @@ def test_pair_starts_counts_rows_across_units():
 
 
 def test_held_out_numbers_do_not_depend_on_the_budget(base, adapted, files):
-    """Red: evaluate.py:held_out: `for p in zip(*parts, strict=True)` -> `for p in zip(*parts[:9])`
-    Red: evaluate.py:held_out: `pair_starts(units)` -> `pair_starts(units[1:])`"""
+    """Red: evaluate.py:held_out: `for p in zip(*parts, strict=True)` -> `for p in zip(*parts[:9])`"""
     mixture = units(base, *(files / f"{n}.jsonl" for n in ("demonstrations", "scores", "pairs")))
     one, many = (evaluate.held_out(adapted.double(), mixture, 0.3, n) for n in (10**6, 1))
     assert len(one) == 21 and one == pytest.approx(many, abs=1e-6, rel=1e-6)
@@ -123,7 +122,8 @@ def test_baselines_are_the_variance_and_the_distance_from_one_half(base, adapted
 
 
 def test_held_out_loss_is_equation_7_and_likelihood_is_per_token_of_good_rows(base, adapted, files):
-    """With dropout off, and the model left in training as it was.
+    """With dropout off, and the model left in training as it was; margins are those of the pairs.
+    Red: evaluate.py:held_out: `pair_starts(units)` -> `pair_starts(units[1:])`
     Red: evaluate.py:held_out: `net.eval()` -> `pass`
     Red: evaluate.py:held_out: `net.train(training)` -> `pass`
     Red: evaluate.py:held_out: `k in ("sft", "chosen")` -> `k in ("sft", "rejected")`
@@ -137,6 +137,9 @@ def test_held_out_loss_is_equation_7_and_likelihood_is_per_token_of_good_rows(ba
     found = evaluate.held_out(adapted, data.grouped(rows), 0.3, 10**6)
     assert adapted.training and found["uft_loss"] == pytest.approx(
         losses.uft(logps, ref_logps, batch.rewards, 0.3).mean().item(), rel=1e-5)
+    change = logps - ref_logps
+    assert found["rewards/margins"] == pytest.approx(
+        0.3 * (change[::2] - change[1::2]).mean().item(), rel=1e-4)
     assert found["nll_per_token"] == pytest.approx(
         -(logps[::2].sum() / mask[::2].sum()).item(), rel=1e-5)
 
