@@ -103,7 +103,7 @@ def test_pair_starts_counts_rows_across_units():
 
 
 def test_held_out_numbers_do_not_depend_on_the_budget(base, adapted, files):
-    """Red: evaluate.py:held_out: `for p in zip(*parts, strict=True)` -> `for p in zip(*parts[:9])`"""
+    """Red: evaluate.py:held_out: `in zip(*parts, strict=True)` -> `in zip(*parts[:9])`"""
     mixture = units(base, *(files / f"{n}.jsonl" for n in ("demonstrations", "scores", "pairs")))
     one, many = (evaluate.held_out(adapted.double(), mixture, 0.3, n) for n in (10**6, 1))
     assert len(one) == 21 and one == pytest.approx(many, abs=1e-6, rel=1e-6)
