@@ -88,7 +88,8 @@ def complete(
     out = []
     for prompt, ids in zip(asked, answers, strict=True):
         ids = ids[:-1] if ids and ids[-1] in chat.stop_ids else ids
-        out.append(chat.decode(prompt + ids)[len(chat.decode(prompt)):])
+        text = chat.decode(prompt + ids)[len(chat.decode(prompt)):]
+        out.append(text.removeprefix(chat.gap))
     return out
 
 
