@@ -11,4 +11,4 @@ flags=(
   --template mistral-inst --max_length 512 --held_out 300
   --micro_batch_tokens 1024        # short groups of rows: less padding, the same numbers
 )
-exec "${PYTHON:-python}" train.py "${flags[@]}" "$@"
+exec "${PYTHON:-.venv/bin/python}" train.py "${flags[@]}" "$@"

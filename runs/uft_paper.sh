@@ -27,4 +27,4 @@ flags=(
   --device "${DEVICE:-cuda}"
   --out "${OUT:-runs/uft_paper}"
 )
-exec "${PYTHON:-python}" train.py "${flags[@]}"
+exec "${PYTHON:-.venv/bin/python}" train.py "${flags[@]}"

@@ -26,4 +26,4 @@ flags=(
   --device "${DEVICE:-cuda}"
   --out "${OUT:-runs/una_authors}"
 )
-exec "${PYTHON:-python}" train.py "${flags[@]}"
+exec "${PYTHON:-.venv/bin/python}" train.py "${flags[@]}"
