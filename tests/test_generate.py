@@ -65,8 +65,7 @@ def test_a_response_ends_with_the_first_stop_token():
 @pytest.mark.parametrize("most", [0, 1, 5])
 def test_a_response_has_at_most_max_new_tokens(most):
     """Red: generate.py:sample: `len(r) < max_new_tokens and` -> `len(r) <= max_new_tokens and`
-    Red: generate.py:sample: `len(r) < max_new_tokens and (` -> `not r or (`
-    """
+    Red: generate.py:sample: `len(r) < max_new_tokens` -> `len(r) < max(1, max_new_tokens)`"""
     assert [len(r) for r in generate.sample(tiny.transformer(), PROMPTS, most, ())] == [most] * 4
 
 
