@@ -47,6 +47,14 @@ def rows(path: Path) -> Iterator[tuple[str, dict]]:
         table = parquet.read_table(path).to_pylist()
         yield from ((f"{path}:{i}", row) for i, row in enumerate(table, 1))
         return
+    try:
+        yield from json_rows(path)
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """`rows` of a JSON list or of one object a line."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         first = file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # behind a BOM, if any
         whole = path.name.removesuffix(".gz").endswith(".json") and first == b"["

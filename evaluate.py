@@ -1,7 +1,6 @@
 """Measuring: policy and reference on a batch, held-out numbers, multiple choice.
 
 Letters: B rows, T tokens, C choices.
-
     python evaluate.py --model DIR [--adapter DIR] --data FILE [--data FILE]
 """
 import argparse
@@ -157,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_length", type=int, default=2048, help="longer rows are dropped")
     parser.add_argument("--micro_batch_tokens", type=int, default=8192)
     parser.add_argument("--limit", type=int, help="rows or questions read of each file")
+    parser.add_argument("--score_range", default="0,1", help="LOW,HIGH of a `score` column")
     parser.add_argument("--normalise", action="store_true", help="mc1/mc2 by mean log-probs")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
@@ -169,12 +169,12 @@ def main(argv: list[str] | None = None) -> None:
         if args.adapter:
             lora.load(net, args.adapter)
         for path in map(Path, args.data):
-            choices = path.suffix == ".csv" or "mc1_targets" in next(data.rows(path), ("", {}))[1]
-            if choices:
+            if choices := path.suffix == ".csv" or "mc1_targets" in next(data.rows(path), "..")[1]:
                 rows, dropped = read_choices(path)[: args.limit], []
             else:
-                examples = data.read(path)[0][: args.limit]
-                rows, dropped = tokens.encode_all(examples, chat, args.max_length)
+                span = tuple(map(float, args.score_range.split(",")))
+                rows, dropped = tokens.encode_all(
+                    data.read(path, span)[0][: args.limit], chat, args.max_length)
             print(f"{path}: {len(rows)} {'questions' * choices or 'rows'}, {len(dropped)} too long")
             if not rows:
                 raise ValueError(f"{path} holds nothing of up to {args.max_length} tokens")

@@ -123,6 +123,8 @@ class Chat:
                  adapter: str | Path | None = None) -> None:
         folder = Path(folder)
         path, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a model folder: there is no such folder")
         if not path.is_file():
             found = sorted(p.name for p in folder.glob("tokenizer*"))
             raise ValueError(f"{folder} has no tokenizer.json (found: {found}). Convert it once: "

@@ -126,9 +126,9 @@ FILES = {
 @pytest.mark.parametrize(("suffix", "content"), FILES.values(), ids=FILES)
 def test_every_file_form_holds_the_same_rows(tmp_path, suffix, content, zipped):
     """Only a line feed ends a line, not U+2028 or U+0085 inside a text.
-    Red: data.py:rows: `"utf-8-sig"` -> `"utf-8"`
-    Red: data.py:rows: `.removesuffix(".gz")` -> ``
-    Red: data.py:rows: `else file, 1)` -> `else file.read().decode().splitlines(), 1)`"""
+    Red: data.py:json_rows: `"utf-8-sig"` -> `"utf-8"`
+    Red: data.py:json_rows: `.removesuffix(".gz")` -> ``
+    Red: data.py:json_rows: `else file, 1)` -> `else file.read().decode().splitlines(), 1)`"""
     path = tmp_path / f"rows{suffix}{zipped}"
     path.write_bytes(gzip.compress(content) if zipped else content)
     assert [row for _, row in data.rows(path)] == list(TWO)
@@ -171,12 +171,20 @@ ERRORS = {
 @pytest.mark.parametrize("line", ERRORS, ids=range(len(ERRORS)))
 def test_a_row_that_means_nothing_is_refused_by_file_and_line(tmp_path, line):
     """The message names the file, the line, and what was found.
-    Red: data.py:rows: `, parse_constant=refuse_constant` -> ``
+    Red: data.py:json_rows: `, parse_constant=refuse_constant` -> ``
     Red: data.py:scaled: `type(value) not in (int, float)` -> `not isinstance(value, int | float)`
     Red: data.py:text: `value.encode()` -> `value`"""
     with pytest.raises(ValueError, match=re.escape(ERRORS[line])) as caught:
         read(written(tmp_path, GOOD, line))
     assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:2: ")
+
+
+def test_a_gzip_cut_short_is_named(tmp_path):
+    """Red: data.py:rows: `EOFError, ` -> ``"""
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(GOOD).encode())[:30])
+    with pytest.raises(ValueError, match="rows.jsonl.gz is damaged"):
+        read(path)
 
 
 def test_rows_without_an_answer_or_a_common_prompt_are_dropped_and_counted(tmp_path):
