@@ -143,6 +143,7 @@ REFUSED = (  # one file of the folder, the template asked for, the message
     ("chat_template.jinja", "{{ raise_exception('no') }}", "checkpoint", "this conversation: no"),
     ("chat_template.jinja", "{{ 1 / 0 }}", "checkpoint", "division by zero"),
     ("chat_template.jinja", "{{ ''.__class__.__mro__ }}", "checkpoint", "'__class__' of 'str'"),
+    ("chat_template.jinja", "{{ messages | length }}", "checkpoint", "elsewhere than behind"),
     ("tokenizer.json", None, "plain", "found: ['tokenizer_config.json']). Convert it once: Auto"),
     ("tokenizer.json", '{"model": ', "plain", "tokenizer.json is not a readable tokenizer"),
     ("config.json", '{"vocab_size": 265}', "plain", "has an id beyond the 265 embeddings"))
@@ -151,7 +152,8 @@ REFUSED = (  # one file of the folder, the template asked for, the message
 @pytest.mark.parametrize(("file", "content", "template", "message"), REFUSED)
 def test_what_cannot_be_used_is_refused_by_name(tmp_path, file, content, template, message):
     """Always a ValueError that says what was found or what to do.
-    Red: tokens.py:Chat.frame: `if end_id is None or` -> `if`
+    Red: tokens.py:Chat.frame: `if end_id is None:` -> `if False:`
+    Red: tokens.py:Chat.frame: `if not after.startswith(before):` -> `if False:`
     Red: tokens.py: `from jinja2.sandbox import` -> `from jinja2 import Environment as`
     Red: tokens.py:Chat.render: `except Exception` -> `except TemplateError`
     Red: tokens.py:Chat.__init__: `i >= size > 0` -> `i > size > 0`"""
