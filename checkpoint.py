@@ -14,6 +14,9 @@ from torch import nn
 
 import lora
 
+FREE = ("resume", "save_every", "out", "device", "micro_batch_tokens", "gradient_checkpointing",
+        "sample_tokens")  # what a resumed run may change: none of it changes what is computed
+
 
 def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dict) -> None:
     """Writes out/checkpoints/step-N aside and renames it, N = state["step"]."""
@@ -38,7 +41,7 @@ def resume(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: 
         raise ValueError(f"cannot resume {out}: it holds no checkpoint")
     old = json.loads((out / "config.json").read_text("utf-8"))
     for key, now in json.loads(json.dumps(config)).items():
-        if key not in ("resume", "save_every", "out") and old.get(key) != now:
+        if key not in FREE and old.get(key) != now:
             raise ValueError(f"cannot resume {out}: {key} was {old.get(key)!r} and is now {now!r}. "
                              "Use the old value, or start a new run with another --out")
     folder = max(folders.values(), key=lambda p: int(p.name.removeprefix("step-")))

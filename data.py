@@ -121,12 +121,22 @@ def read_prompt(row: dict) -> Messages:
         value += f"\n\n### Input:\n{text(row['input'], 'input')}"
     if isinstance(value, str) and "<extra_id_1>" in value:
         return marked_turns(value, "\n?<extra_id_1>User\n", "\n?<extra_id_1>Assistant\n")
-    return turns(value, "user")
+    lead = (("system", row["system"]),) if isinstance(row.get("system"), str) else ()
+    past = [turn for q, a in row.get("history") or () for turn in (("user", q), ("assistant", a))]
+    return lead * bool(row.get("system")) + tuple(past) + turns(value, "user")
+
+
+def answered(value: str | list | dict) -> tuple[Messages, str]:
+    """(turns before, the last one, which must be the assistant's)."""
+    *before, (role, answer) = turns(value, "assistant")
+    if role != "assistant":
+        raise Skip("the last turn is not the assistant's")
+    return tuple(before), answer
 
 
 def response(row: dict, where: str, reward: float, kind: str) -> list[Example]:
-    *before, (_, answer) = turns(row["response"], "assistant")
-    return [Example(read_prompt(row) + tuple(before), answer, reward, kind, where)]
+    before, answer = answered(row["response"])
+    return [Example(read_prompt(row) + before, answer, reward, kind, where)]
 
 
 def read_demonstration(row: dict, where: str) -> list[Example]:
@@ -135,7 +145,7 @@ def read_demonstration(row: dict, where: str) -> list[Example]:
 
 def read_messages(row: dict, where: str) -> list[Example]:
     """One demonstration per assistant turn, all turns before it being the prompt.   UFT 3.1"""
-    said = turns(row["messages"], "user")
+    said = read_prompt({k: v for k, v in row.items() if k != "prompt"})
     return [Example(said[:t], content, 1.0, "sft", where)
             for t, (role, content) in enumerate(said) if role == "assistant" and t > 0]
 
@@ -177,14 +187,13 @@ def read_pair(row: dict, where: str) -> list[Example]:
         chosen, rejected = (t[cut + len(mark):].strip() for t in (chosen, rejected))
     else:
         prompt = read_prompt(row) if asked else ()
-    *said, (_, chosen) = turns(chosen, "assistant")
-    *also, (_, rejected) = turns(rejected, "assistant")
-    if said != also:
+    (said, chosen), (also, rejected) = answered(chosen), answered(rejected)
+    if said != also or len(prompt) > 1 and said and said[:len(prompt)] != prompt:
         raise Skip("chosen and rejected have no common prompt")
     scores, rewards = row if "score_chosen" in row else row.get("metadata"), (1.0, 0.0)
     if isinstance(scores, dict) and "score_chosen" in scores:
         rewards = [scaled(scores[n], n, 1, 10) for n in ("score_chosen", "score_rejected")]
-    prompt = tuple(said) or prompt
+    prompt = said or prompt
     return [Example(prompt, chosen, rewards[0], "chosen", where),
             Example(prompt, rejected, rewards[1], "rejected", where)]
 
@@ -207,6 +216,8 @@ FORMATS: tuple[tuple[set[str], Callable[[dict, str], list[Example]], str], ...] 
 def parse(row: dict, where: str, score_range: tuple[float, float]) -> tuple[str, list[Example]]:
     """(format, examples) of one row, recognised by its columns; further columns are ignored."""
     named = {ALIASES.get(k, k): v for k, v in row.items()}
+    if len(named) < len(row):
+        raise ValueError(f"two columns for one thing among {sorted(row)}: rename or remove one")
     if row.keys() >= {"question", "answer"}:  # GSM8K
         named["response"] = row["answer"]
     for columns, reader, name in FORMATS:
@@ -256,8 +267,8 @@ def units(examples: Sequence, reads: str) -> tuple[list[Unit], Counter]:
     """What one loss term reads, one unit each, and a count by reason of the rows left out.
 
     reads "groups": see `grouped`; "rows": every row; "demonstrations": sft and chosen rows;
-    "labels": every row, its reward made 0 or 1 (a score is cut at 1/2); "pairs": the better row
-    first. Pairs and labels leave out ties, which prefer nothing.
+    "labels": every row, its reward made 0 or 1 (a score is cut at 1/2); "pairs": the chosen row
+    first, or the better of two scores. Pairs and labels leave out ties, which prefer nothing.
     """
     out, left = [], Counter()
     labels = {"sft": 1.0, "chosen": 1.0, "rejected": 0.0}

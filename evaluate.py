@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--adapter", help="PEFT adapter folder; the reference is the model itself")
     parser.add_argument("--data", action="append", required=True, help="feedback or TruthfulQA.csv")
     parser.add_argument("--template", default="checkpoint")
-    parser.add_argument("--beta", type=float, default=0.01)
+    parser.add_argument("--beta", type=float, default=0.01, help="as the adapter was trained")
     parser.add_argument("--max_length", type=int, default=2048, help="longer rows are dropped")
     parser.add_argument("--micro_batch_tokens", type=int, default=8192)
     parser.add_argument("--limit", type=int, help="rows or questions read of each file")
@@ -170,12 +170,12 @@ def main(argv: list[str] | None = None) -> None:
             lora.load(net, args.adapter)
         for path in map(Path, args.data):
             if choices := path.suffix == ".csv" or "mc1_targets" in next(data.rows(path), "..")[1]:
-                rows, dropped = read_choices(path)[: args.limit], []
+                rows, dropped, lost = read_choices(path)[: args.limit], [], []
             else:
-                span = tuple(map(float, args.score_range.split(",")))
-                rows, dropped = tokens.encode_all(
-                    data.read(path, span)[0][: args.limit], chat, args.max_length)
-            print(f"{path}: {len(rows)} {'questions' * choices or 'rows'}, {len(dropped)} too long")
+                examples, lost, _ = data.read(path, tuple(map(float, args.score_range.split(","))))
+                rows, dropped = tokens.encode_all(examples[: args.limit], chat, args.max_length)
+            print(f"{path}: {len(rows)} {'questions' * choices or 'rows'}, {len(dropped)} too "
+                  f"long, {len(lost)} unusable; beta {args.beta:g}")
             if not rows:
                 raise ValueError(f"{path} holds nothing of up to {args.max_length} tokens")
             out = (answer_choices(net, chat, rows, args.normalise) if choices else

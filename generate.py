@@ -48,7 +48,8 @@ def sample(
     """A response to each prompt: up to max_new_tokens ids, the last a stop id if one was drawn.
 
     Draws are made on the generator's device. At temperature 0 a response does not depend on its
-    batch. Adapters, if any, are on; dropout is off while sampling. ValueError for an empty prompt.
+    batch, but for rounding (bfloat16 can turn a close choice). Adapters, if any, are on; dropout
+    is off while sampling. ValueError for an empty prompt.
     """
     if not prompts:
         return []

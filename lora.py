@@ -7,7 +7,6 @@ IS the reference policy, and log pi_theta - log pi_ref is exactly 0 at the first
 Adapters are float32 whatever the base dtype (float64 over a float64 base); the base is frozen.
 On disk an adapter is PEFT's folder: adapter_config.json and adapter_model.safetensors.
 Letters: I inputs, O outputs, R rank.
-
     python lora.py merge --model DIR --adapter DIR --out DIR
 """
 import argparse
@@ -226,18 +225,20 @@ def load(model: nn.Module, folder: str | Path) -> None:
 def merge_folders(model: str | Path, adapter: str | Path, out: str | Path) -> int:
     """Writes `out`: the model folder with the adapter folded in, one shard in memory at a time.
 
-    Sums in float32, stores the base's dtype, copies every other file; the adapter folder's chat
-    template and generation_config.json replace the base's. Returns the number of layers merged.
+    Sums in float32, stores the base's dtype, copies tokenizer and configs; the adapter's template
+    and generation_config.json replace the base's. consolidated.safetensors, the same weights in
+    Mistral's own names, stays behind. Returns the number of layers merged.
     """
     model, adapter, out = Path(model), Path(adapter), Path(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty: choose another --out")
     layers = read(adapter)[1]
-    shards = {path.name: load_file(path) for path in sorted(model.glob("*.safetensors"))}  # mapped
+    shards = {p.name: load_file(p) for p in sorted(model.glob("[!c]*.safetensors"))}  # mapped
     shapes = {n: t.shape for tensors in shards.values() for n, t in tensors.items()}
     want = {f"{name}.weight": (len(b), a.shape[1]) for name, (a, b, _) in layers.items()}
     if odd := sorted(name for name in want if shapes.get(name) != want[name]):
-        raise ValueError(f"{model} has no {odd[0]} of shape {want[odd[0]]}, which {adapter} adapts")
+        raise ValueError(f"{model} {'has' if model.is_dir() else 'is no folder here, with'} no "
+                         f"{odd[0]} of shape {want[odd[0]]}, which {adapter} adapts")
     out.mkdir(parents=True, exist_ok=True)
     for shard, tensors in shards.items():
         for name in [n for n in layers if f"{n}.weight" in tensors]:

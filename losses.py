@@ -86,8 +86,8 @@ def dpo(
 ) -> Tensor:
     """-(1-e) log sigmoid(z) - e log sigmoid(-z), z = u_chosen - u_rejected, shape (P,).   DPO Eq. 7
 
-    dL/dchosen_logps = -beta (sigmoid(-z) - e) = -dL/drejected_logps: to first order the total
-    log-likelihood of a pair cannot change. e = label_smoothing; with e > 0 (conservative DPO) the
+    dL/dchosen_logps = -beta (sigmoid(-z) - e) = -dL/drejected_logps: only the difference is
+    driven, and both log-probs may fall. e = label_smoothing; with e > 0 (conservative DPO) the
     optimum is z = logit(1 - e).
     """
     margin = (chosen_logps - rejected_logps) - (ref_chosen_logps - ref_rejected_logps)

@@ -301,9 +301,9 @@ def resolve(name: str) -> Path:
     """A folder as given, or a Hugging Face id (`Qwen/Qwen2.5-0.5B`) fetched into its cache."""
     if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return Path(name)
-    from huggingface_hub import snapshot_download  # slow to import, and rarely needed
+    from huggingface_hub import snapshot_download  # slow to import
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "model*", "*.jinja"]))
     except Exception as error:  # the library raises many kinds, all of them "could not fetch"
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{name} is not a folder here, and fetching it failed: {reason}") from None

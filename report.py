@@ -57,9 +57,9 @@ def step(bar: tqdm, metrics: Mapping[str, float], steps: int, seconds_left: floa
     A loss without a reference shows log-probs instead.
     """
     parts = [f"loss {metrics['loss']:.4f}"]
-    for name, text in (("rewards/", "reward"), ("dlogp/", "dlogp")) \
-            if "rewards/mean" in metrics else (("logps/", "logp"),):
-        by_kind = [f"{k.removeprefix(name)} {v:+.2f}" for k, v in metrics.items()
+    for name, text, digits in (("rewards/", "implicit reward", 3), ("dlogp/", "dlogp", 2)) \
+            if "rewards/mean" in metrics else (("logps/", "logp", 2),):
+        by_kind = [f"{k.removeprefix(name)} {v:+.{digits}f}" for k, v in metrics.items()
                    if k.startswith(name) and k.removeprefix(name) in KINDS]
         parts += [f"{text} {' '.join(by_kind)}"] * bool(by_kind)
     line = " | ".join([*parts, f"{metrics['tokens_per_s']:.0f} tok/s"])
@@ -100,12 +100,12 @@ def samples(prompts: Sequence[tuple], before: Sequence[str], after: Sequence[str
                      for p, a, b in zip(prompts, before, after, strict=True))
 
 
-def next_commands(config: Config, out: Path) -> str:
+def next_commands(folder: Path, out: Path) -> str:
     """How to use what the run left."""
     return (f"adapter {out / 'adapter'}   metrics {out / 'metrics.jsonl'}\n"
-            f"sample  python generate.py --model {config.model} --adapter {out / 'adapter'} "
+            f"sample  python generate.py --model {folder} --adapter {out / 'adapter'} "
             "--prompt TEXT\n"
-            f"merge   python lora.py merge --model {config.model} --adapter {out / 'adapter'} "
+            f"merge   python lora.py merge --model {folder} --adapter {out / 'adapter'} "
             f"--out {out / 'merged'}")
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 GUARD = "\U0010ffff"  # a Unicode noncharacter: no token merges with it, and `ids` drops it again
 TEMPLATES = {  # by name; "checkpoint" is the one that comes with the model or the adapter
-    "mistral-inst": """{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}\
-{{ ' ' + m.content + eos_token }}{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}\
-{% endfor %}""",
+    "mistral-inst": """{{ bos_token }}{% set lead = namespace(text='') %}{% for m in messages %}\
+{% if m.role == 'system' %}{% set lead.text = m.content + '\n\n' %}{% elif m.role == 'user' %}\
+{{ '[INST] ' + lead.text + m.content + ' [/INST]' }}{% set lead.text = '' %}{% else %}\
+{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}""",
     "chatml": """{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + \
 m.content + '<|im_end|>\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
@@ -184,7 +185,8 @@ class Chat:
             return self.template.render(messages=listed, add_generation_prompt=generation,
                                         bos_token=self.bos, eos_token=self.eos)
         except Exception as error:  # a template may raise anything
-            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+            raise ValueError(f"the chat template refuses this conversation: {error}. Change the "
+                             "conversation, or choose another --template") from None
 
     def guard(self, text: str) -> str:
         """Breaks every control token that `text` spells, so that it is encoded as plain text."""

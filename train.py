@@ -131,6 +131,7 @@ def load_data(config: Config, chat: tokens.Chat) -> tuple[list, list, list, list
         units, left = data.units([e for e in encoded if e.prompt not in held], reads)
         files.append(units)
         told[i] += f"; to train on: {len(units)} {reads}"
+        told[i] += f", {specs[i][1]:g} times an epoch" * (specs[i][1] != 1)
         told[i] += "".join(f", {n} left out ({reason})" for reason, n in left.items())
     if not sum(round(w * len(f)) for f, (_, w) in zip(files, specs, strict=True)):
         such = f", such as {dropped[0]['where']} ({dropped[0]['reason']})" if dropped else ""
@@ -219,11 +220,11 @@ def self_check(net: model.Transformer, units: list, config: Config) -> str:
     batch = tokens.collate([e for unit in group for e in unit], device)
     scores = evaluate.score(net, batch, reference=True)
     u = losses.implicit_reward(scores.logps, scores.ref_logps, config.beta).abs().max().item()
-    z0, tokens_per_row = torch.zeros((), device=device), scores.mask.sum(-1).double().mean().item()
+    z0, tokens_per_row = torch.zeros((), device=device), scores.mask.sum(-1).float().mean().item()
     loss = objective.loss(Terms(*scores, batch.rewards, z0, tokens_per_row, config)).mean().item()
     said, wrong = f"implicit reward at step 0: {u:g} (expected 0)   loss {loss:.6f}", u != 0
     if objective.start:
-        expected = torch.as_tensor(objective.start(batch.rewards, config)).double().mean().item()
+        expected = torch.as_tensor(objective.start(batch.rewards, config)).float().mean().item()
         said += f" (expected {expected:.6f})"
         wrong |= abs(loss - expected) > 1e-5 * max(1, abs(expected))
     if wrong:
@@ -233,6 +234,8 @@ def self_check(net: model.Transformer, units: list, config: Config) -> str:
 
 def run_folder(config: Config) -> Path:
     """config.out, or the next free runs/NNNN; ValueError where a run lies there already."""
+    if config.resume and not config.out:
+        raise ValueError("--resume true needs --out RUN, the folder of the run to go on with")
     taken = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
     out = Path(config.out or f"runs/{max(taken, default=0) + 1:04}")
     if (out / "config.json").exists() and not config.resume:
@@ -252,7 +255,8 @@ def train(config: Config) -> Path:
     files, weights, test, told, dropped = load_data(config, chat)
     net = model.load(folder, getattr(torch, config.dtype), config.device)
     torch.manual_seed(config.seed)
-    lora.inject(net, config.lora_r, config.lora_alpha, config.lora_targets, config.lora_dropout)
+    targets = "all-linear" if config.lora_targets == ("all-linear",) else config.lora_targets
+    lora.inject(net, config.lora_r, config.lora_alpha, targets, config.lora_dropout)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad],
                                   lr=config.lr, weight_decay=config.weight_decay)
     size = sum(round(w * len(f)) for f, w in zip(files, weights, strict=True))
@@ -265,6 +269,8 @@ def train(config: Config) -> Path:
         report.write_json(out / "config.json", asdict(config))
     report.write_lines(out / "dropped.jsonl", dropped)
     print(report.header(net, config, told, len(dropped), steps, out))
+    if state["step"]:
+        print(f"resume  after step {state['step']}, {state['num_tokens']} tokens seen")
     batches = stream(files, weights, config, state["step"])
     first = next(stream(files, weights, config, 0))
     print(report.example(first[0][0], chat))
@@ -283,7 +289,7 @@ def train(config: Config) -> Path:
     if test:
         after = evaluate.held_out(*measure)
         print(report.table(before, after) + "\n" + report.verdict(after))
-    print(report.next_commands(config, out))
+    print(report.next_commands(folder, out))
     return out
 
 
@@ -340,6 +346,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: stopped; --out RUN --resume true goes on from its newest checkpoint",
+              file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

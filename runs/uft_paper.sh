@@ -24,7 +24,8 @@ flags=(
   --dtype bfloat16                 # not stated
   --seed 0                         # not stated
   --gradient_checkpointing true    # changes no number
+  --held_out 64                    # ours: kept aside to measure before and after
   --device "${DEVICE:-cuda}"
   --out "${OUT:-runs/uft_paper}"
 )
-exec "${PYTHON:-.venv/bin/python}" train.py "${flags[@]}"
+exec "${PYTHON:-.venv/bin/python}" train.py "${flags[@]}" "$@"

@@ -205,11 +205,14 @@ def folders(tmp_path: Path, dtype: torch.dtype = torch.float32) -> tuple[list[st
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_merged_folder_is_the_adapted_model(tmp_path, capsys, sharded):
-    """float32 logits within 1e-5; the tokenizer and the adapter's chat template come along.
+    """float32 logits within 1e-5; tokenizer and chat template come along, a second copy of the
+    weights under other names does not.
 
     Red: lora.py:merge_folders: `+ scale * b @ a` -> `+ b @ a`
+    Red: lora.py:merge_folders: `[!c]*.safetensors` -> `*.safetensors`
     """
     arguments, want = folders(tmp_path)
+    save_file({"layers.0.wq": torch.ones(1)}, tmp_path / "base/consolidated.safetensors")
     if sharded:
         shard(tmp_path / "base")
     lora.main(arguments)
@@ -218,7 +221,7 @@ def test_a_merged_folder_is_the_adapted_model(tmp_path, capsys, sharded):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     assert (tmp_path / "out/tokenizer.json").read_text() == '{"a": 1}'
     assert (tmp_path / "out/chat_template.jinja").read_text() == "hello"
-    assert not list((tmp_path / "out").glob("adapter*"))
+    assert not list((tmp_path / "out").glob("[ac]*d*.safetensors"))
 
 
 def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once(tmp_path):

@@ -160,6 +160,7 @@ ERRORS = {
     '{"prompt": "q", "response": "a", "label": "yes"}': "label must be true or false",
     '{"prompt": "q", "response": null}': "assistant must be a text, found 'None'",
     '{"prompt": "half of \\ud83d", "response": "a"}': "surrogates not allowed",
+    '{"prompt": "q", "question": "p", "response": "a"}': "two columns for one thing",
     '{"messages": [{"role": "tool", "content": "q"}]}': "role 'tool', not system, user or",
     json.dumps({"prompt": "q", "response": "a"} | GRADES | {"coherence": 5}): "[0, 4]",
 } | {json.dumps(GOOD).replace("1", s): m for s, m in {
@@ -177,6 +178,27 @@ def test_a_row_that_means_nothing_is_refused_by_file_and_line(tmp_path, line):
     with pytest.raises(ValueError, match=re.escape(ERRORS[line])) as caught:
         read(written(tmp_path, GOOD, line))
     assert str(caught.value).startswith(f"{tmp_path / 'rows.jsonl'}:2: ")
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": listed(said("q", "a", "thanks")), "label": True},
+    {"prompt": "q", "chosen": listed(said("q", "a", "b")), "rejected": listed(said("q", "c"))},
+    {"prompt": listed(said("p", "o")), "chosen": listed(said("q", "a")),
+     "rejected": listed(said("q", "c"))}])
+def test_a_row_whose_answer_or_history_is_not_there_is_dropped(tmp_path, row):
+    """The last turn is the assistant's, and no turn before it is lost.
+    Red: data.py:answered: `role != "assistant"` -> `False`
+    Red: data.py:read_pair: `said[:len(prompt)] != prompt` -> `False`"""
+    examples, dropped, _ = data.read(written(tmp_path, GOOD, row))
+    assert len(examples) == len(dropped) == 1
+
+
+def test_system_and_history_columns_stand_before_the_prompt(tmp_path):
+    """Red: data.py:read_prompt: `lead * bool(row.get("system")) + ` -> ``
+    Red: data.py:read_prompt: `tuple(past) + ` -> ``"""
+    row = {"instruction": "q", "output": "a", "system": "be kind", "history": [["p", "o"]]}
+    example, = data.read(written(tmp_path, row))[0]
+    assert example.prompt == (("system", "be kind"), *said("p", "o", "q"))
 
 
 def test_a_gzip_cut_short_is_named(tmp_path):

@@ -192,6 +192,15 @@ def test_the_template_is_looked_for_in_adapter_then_file_then_key(tmp_path):
     assert "[INST]" in tokens.template_source(folders, "mistral-inst")
 
 
+def test_mistral_reads_a_system_message_before_the_next_users(tmp_path):
+    """As one instruction, and once.
+    Red: tokens.py: `'[INST] ' + lead.text + m.content` -> `'[INST] ' + m.content`
+    Red: tokens.py: `{% set lead.text = '' %}` -> ``"""
+    talk = chat(tmp_path, template="mistral-inst")
+    said = (("system", "S"), ("user", "p"), ("assistant", "o"), ("user", "q"))
+    assert talk.render(said).endswith("[INST] S\n\np [/INST] o</s>[INST] q [/INST]")
+
+
 def test_generation_marks_leave_nothing_behind_but_their_content():
     """Neither their line's blanks nor its end, and `-` strips as in any other block.
     Red: tokens.py:compile_template: `(end)?` -> ``"""

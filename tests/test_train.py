@@ -244,6 +244,7 @@ def test_gradient_checkpointing_changes_no_metric():
 def test_a_run_never_overwrites_another(tmp_path, monkeypatch):
     """--out of a run is refused; without --out the next free number is taken.
     Red: train.py:run_folder: `.exists() and not config.resume` -> `.exists() and config.resume`
+    Red: train.py:run_folder: `config.resume and not config.out` -> `False`
     Red: train.py:run_folder: `default=0) + 1` -> `default=0)`"""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs/0007"
@@ -251,8 +252,10 @@ def test_a_run_never_overwrites_another(tmp_path, monkeypatch):
     (folder / "config.json").touch()
     assert str(train.run_folder(settings())) == "runs/0008"
     assert train.run_folder(settings(out=str(folder), resume=True)) == folder
-    with pytest.raises(ValueError, match="0007 holds a run already"):
-        train.run_folder(settings(out=str(folder)))
+    for wrong, message in (({"out": str(folder)}, "0007 holds a run already"),
+                           ({"resume": True}, "needs --out RUN")):
+        with pytest.raises(ValueError, match=message):
+            train.run_folder(settings(**wrong))
 
 
 @LOSSES
