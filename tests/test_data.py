@@ -79,9 +79,9 @@ def test_every_format_becomes_the_same_examples(tmp_path, row, expected):
     Red: data.py:read_pair: `row.get("metadata")` -> `None`
     Red: data.py:turns: `"gpt": "assistant"` -> `"gpt": "user"`
     Red: data.py:read_prompt: `row.get("input")` -> `"input" in row`
-    Red: data.py:response: `+ tuple(before)` -> ``
+    Red: data.py:response: `+ before` -> ``
     Red: data.py:read_label: `float(row["label"])` -> `1.0`
-    Red: data.py:read_pair: `tuple(said) or prompt` -> `prompt`
+    Red: data.py:read_pair: `said or prompt` -> `prompt`
     Red: data.py:marked_turns: `re.fullmatch(user, p)` -> `re.fullmatch(assistant, p)`"""
     assert read(written(tmp_path, row)) == (expected, [])
 
