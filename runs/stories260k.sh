@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# About a minute on two idle cores: UFT on a real checkpoint of 260K parameters (TinyStories, Llama shape),
+# Half a minute on two idle cores: UFT on a real checkpoint of 260K parameters (TinyStories, Llama shape),
 # with demonstrations and pairs from the book "Build a Large Language Model (From Scratch)".
 #     MODEL=stories260k DATA=raschka bash runs/stories260k.sh [more flags of train.py]
 set -euo pipefail
