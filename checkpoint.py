@@ -1,4 +1,4 @@
-"""What a stopped run needs to go on: adapter, optimizer, random state and step, in one folder.
+"""What a stopped run needs to go on: adapter, optimizer, CPU random state and step, in a folder.
 
     RUN/checkpoints/step-N/   adapter_config.json  adapter_model.safetensors
                               optimizer.safetensors  state.json

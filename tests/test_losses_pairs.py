@@ -37,7 +37,7 @@ def test_dpo_gradient_is_minus_beta_times_the_error_less_the_smoothing(name, smo
     close(slopes(name)[::2], -BETA * (torch.sigmoid(-BETA * MARGINS) - smoothing), 1e-15)
 
 
-def test_dpo_cannot_change_the_likelihood_of_a_pair_and_bce_can():
+def test_dpo_pulls_both_log_probs_of_a_pair_equally_and_bce_does_not():
     """dL/dl_w + dL/dl_l = 0 exactly for DPO; for BCE it is beta (s_w + s_l - 1).
     Red: losses.py:dpo: `chosen_logps - rejected_logps` -> `chosen_logps - 0.9 * rejected_logps`
     Red: losses.py:bco_pair: `- logsigmoid(-rejected)` -> `+ logsigmoid(rejected)`"""
