@@ -5,7 +5,6 @@ the loss per term, one division by the step's own number of terms, backward, cli
 
     python train.py --model DIR --data FILE --loss uft --template alpaca --max_length 512
 """
-import itertools
 import json
 import math
 import sys
@@ -19,11 +18,11 @@ import torch
 from torch import Tensor
 
 import checkpoint
-import data
 import evaluate
 import generate
 import lora
 import losses
+import mixture
 import model
 import report
 import tokens
@@ -105,51 +104,6 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     if step < ramp:
         return config.lr * (step + 1) / ramp
     return config.lr * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) / 2
-
-
-def load_data(config: Config, chat: tokens.Chat) -> tuple[list, list, list, list, list]:
-    """(units per file, their weights, held-out units, lines to print, dropped rows).
-
-    ValueError where nothing is left for the loss.
-    """
-    parts = [d.rpartition(":") for d in config.data]
-    specs = [(p, float(w)) if p and w.replace(".", "", 1).isdigit() else (d, 1.0)
-             for d, (p, _, w) in zip(config.data, parts, strict=True)]
-    files, told, dropped, rows = [], [], [], []
-    for path, _ in specs:
-        examples, lost, formats = data.read(path, config.score_range)
-        encoded, long = tokens.encode_all(
-            examples, chat, config.max_length, config.truncate_prompt)
-        rows.append(encoded)
-        dropped += lost + long
-        told.append(f"{path}: {' and '.join(formats)}, {len(encoded)} rows"
-                    + f", {len(lost)} unusable" * bool(lost)
-                    + f", {len(long)} longer than {config.max_length} tokens" * bool(long))
-    held = data.hold_out([e for r in rows for e in r], config.held_out, config.seed)
-    reads = LOSSES[config.loss].reads
-    for i, encoded in enumerate(rows):
-        units, left = data.units([e for e in encoded if e.prompt not in held], reads)
-        files.append(units)
-        told[i] += f"; to train on: {len(units)} {reads}"
-        told[i] += f", {specs[i][1]:g} times an epoch" * (specs[i][1] != 1)
-        told[i] += "".join(f", {n} left out ({reason})" for reason, n in left.items())
-    if not sum(round(w * len(f)) for f, (_, w) in zip(files, specs, strict=True)):
-        such = f", such as {dropped[0]['where']} ({dropped[0]['reason']})" if dropped else ""
-        raise ValueError(
-            f"nothing is left to train on with --loss {config.loss}. {'. '.join(told)}. Dropped: "
-            f"{len(dropped)} rows{such}. Raise --max_length, give --truncate_prompt true, lower "
-            f"--held_out, raise FILE:WEIGHT, or choose data that {config.loss} can read")
-    test = data.grouped([e for r in rows for e in r if e.prompt in held])
-    return files, [w for _, w in specs], test, told, dropped
-
-
-def stream(files: list, weights: list[float], config: Config, start: int) -> Iterator[list]:
-    """The batches of units from step `start` on, for ever: a function of seed and position."""
-    picks = itertools.chain.from_iterable(
-        data.order([len(f) for f in files], weights, config.seed, e) for e in itertools.count())
-    picks = itertools.islice(picks, start * config.batch_size, None)
-    while True:
-        yield [files[f][i] for f, i in itertools.islice(picks, config.batch_size)]
 
 
 def reference_point(net: model.Transformer, rows: list, config: Config) -> Tensor:
@@ -252,7 +206,8 @@ def train(config: Config) -> Path:
         raise ValueError(f"--max_length {config.max_length} is more than the model's context of "
                          f"{context} tokens (max_position_embeddings): give --max_length {context}")
     chat = tokens.Chat(folder, config.template)
-    files, weights, test, told, dropped = load_data(config, chat)
+    files, weights, test, told, dropped = mixture.load_data(
+        config, chat, LOSSES[config.loss].reads)
     net = model.load(folder, getattr(torch, config.dtype), config.device)
     torch.manual_seed(config.seed)
     targets = "all-linear" if config.lora_targets == ("all-linear",) else config.lora_targets
@@ -271,8 +226,8 @@ def train(config: Config) -> Path:
     print(report.header(net, config, told, len(dropped), steps, out))
     if state["step"]:
         print(f"resume  after step {state['step']}, {state['num_tokens']} tokens seen")
-    batches = stream(files, weights, config, state["step"])
-    first = next(stream(files, weights, config, 0))
+    batches = mixture.stream(files, weights, config, state["step"])
+    first = next(mixture.stream(files, weights, config, 0))
     print(report.example(first[0][0], chat))
     if not config.resume:
         print("check   " + self_check(net, first, config), flush=True)

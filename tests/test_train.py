@@ -226,14 +226,6 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(base, files, tmp_pat
         assert told[0] == told[1] and told[0].count("\n") == 8
 
 
-def test_stream_from_step_k_is_the_stream_without_k_batches():
-    """Red: train.py:stream: `start * config.batch_size` -> `start`"""
-    files, setup = [list(range(7)), list(range(100, 103))], settings(batch_size=4)
-    whole = train.stream(files, [1.0, 0.5], setup, 0)
-    batches = [next(whole) for _ in range(9)]
-    assert [next(train.stream(files, [1.0, 0.5], setup, k)) for k in range(9)] == batches
-
-
 def test_gradient_checkpointing_changes_no_metric():
     """Red: model.py:Transformer.forward: `checkpoint(block, x_BTD` -> `checkpoint(block, -x_BTD`"""
     plain, saved = (step(policy(), units_of("uft"), settings(gradient_checkpointing=c))[0]
@@ -256,15 +248,6 @@ def test_a_run_never_overwrites_another(tmp_path, monkeypatch):
                            ({"resume": True}, "needs --out RUN")):
         with pytest.raises(ValueError, match=message):
             train.run_folder(settings(**wrong))
-
-
-@LOSSES
-def test_held_out_prompts_are_never_trained_on(loss, base, files):
-    """Red: train.py:load_data: `if e.prompt not in held]` -> `if e.prompt]`"""
-    setup = settings(loss, data=(f"{files}/{FILE[loss]}.jsonl",), held_out=10)
-    (units,), _, test, _, _ = train.load_data(setup, tokens.Chat(base, "plain"))
-    kept, used = ({e.prompt for unit in us for e in unit} for us in (test, units))
-    assert len(kept) in (5, 10) and len(kept) + len(used) == 40
 
 
 @LOSSES
