@@ -15,7 +15,7 @@ from torch import nn
 import lora
 
 FREE = ("resume", "save_every", "out", "device", "micro_batch_tokens", "gradient_checkpointing",
-        "sample_tokens")  # a resumed run may change these: rounding and dropout draws may differ
+        "sample_tokens", "test")  # may change on resuming: rounding and dropout draws may differ
 
 
 def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dict) -> None:

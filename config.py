@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+REPEATED = ("data", "test")  # flags given once for every file
 
 
 def flag(default: object, text: str) -> object:
@@ -20,6 +21,7 @@ class Config:
 
     model: str = flag("", "model folder or Hugging Face id")
     data: tuple[str, ...] = flag((), "FILE or FILE:WEIGHT, repeatable; WEIGHT is passes per epoch")
+    test: tuple[str, ...] = flag((), "FILE of questions asked before and after, repeatable")
     loss: str = flag("uft", "what to minimise: %(choices)s")
     beta: float = flag(0.01, "scale of the implicit reward (paper: 0.01)")
     lr: float = flag(3e-5, "peak learning rate (paper: 3e-5)")
@@ -47,7 +49,7 @@ class Config:
     dtype: str = flag("float32", "of the frozen weights: %(choices)s")
     device: str = flag("cpu", "cpu, cuda or mps")
     gradient_checkpointing: bool = flag(False, "less memory, one more forward pass")
-    sample_tokens: int = flag(48, "length of the three samples before and after; 0 for none")
+    sample_tokens: int = flag(48, "length of the three samples, and of answers to --test")
     save_every: int = flag(500, "steps between checkpoints; 0: only one, at the end")
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
     seed: int = flag(0, "of adapters, order, dropout and what is held out")
@@ -85,7 +87,7 @@ def boolean(text: str) -> bool:
 
 
 def parse_flags(argv: Sequence[str] | None, choices: dict[str, Sequence[str]]) -> Config:
-    """The Config that a command line spells: --data repeats, other tuples are lists with commas.
+    """The Config that a command line spells: REPEATED flags repeat, other tuples have commas.
 
     choices limits flags to the names given. Exits with code 2 and a sentence on a wrong flag.
     """
@@ -97,14 +99,14 @@ def parse_flags(argv: Sequence[str] | None, choices: dict[str, Sequence[str]]) -
     for f in fields(Config):
         (kind, shape), default = read[f.type], f.default
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        if f.name == "data":
+        if f.name in REPEATED:
             kind, shape, default = str, "FILE", []
         parser.add_argument(
             f"--{f.name}", default=default, type=kind, metavar=shape, choices=choices.get(f.name),
-            action="append" if f.name == "data" else "store",
+            action="append" if f.name in REPEATED else "store",
             help=f.metadata["help"] + f" [{str(shown).lower()}]" * (shown != ""))
     given = vars(parser.parse_args(argv))
     try:
-        return Config(**given | {"data": tuple(given["data"])})
+        return Config(**given | {name: tuple(given[name]) for name in REPEATED})
     except ValueError as error:
         parser.exit(2, f"train.py: {error}\n")

@@ -1,10 +1,10 @@
-"""Measuring: policy and reference on a batch, held-out numbers, multiple choice.
+"""Measuring: policy and reference on a batch, held-out numbers, and the evaluation command.
 
-Letters: B rows, T tokens, C choices.
+Letters: B rows, T tokens.
     python evaluate.py --model DIR [--adapter DIR] --data FILE [--data FILE]
 """
 import argparse
-import csv
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +14,11 @@ from torch import Tensor
 
 import config
 import data
+import generate
 import lora
 import losses
 import model
+import questions
 import tokens
 
 
@@ -106,56 +108,55 @@ def held_out(
     return out
 
 
-def multiple_choice(logps: Tensor, correct: Tensor) -> tuple[float, float]:
-    """(mc1, mc2) of one question from its choices' logps (C,) and truth (C,).   TruthfulQA 2.3
+class Exam(NamedTuple):
+    """What a policy is asked before and after training."""
 
-    mc1: does the likeliest choice hold? mc2: probability of the true choices among all.
-    """
-    return float(correct[logps.argmax()]), logps.softmax(-1)[correct].sum().item()
-
-
-def read_choices(path: Path) -> list[tuple[str, tuple, tuple]]:
-    """(question, mc1, mc2) per row, mc1 and mc2 each (choices, which are true), of TruthfulQA.csv
-    or of JSON rows in the hub's form: question, mc1_targets, mc2_targets."""
-    if path.suffix != ".csv":
-        return [(row["question"], *(tuple(row[k][part] for part in ("choices", "labels"))
-                 for k in ("mc1_targets", "mc2_targets"))) for _, row in data.rows(path)]
-    out = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
-            best, true, false = ([a.strip() for a in row[k].split(";") if a.strip()]
-                                 for k in ("Best Answer", "Correct Answers", "Incorrect Answers"))
-            true = best + [a for a in true if a not in best]
-            out.append((row["Question"], (best + false, [1] * len(best) + [0] * len(false)),
-                        (true + false, [1] * len(true) + [0] * len(false))))
-    return out
+    held: Sequence[Sequence[tokens.Encoded]]  # held-out units
+    tests: dict[str, list[questions.Question]]  # by name
+    prompts: Sequence[tuple]  # to show answers to, where no test has patterns
+    max_new_tokens: int
+    beta: float
+    budget: int
 
 
-@torch.no_grad()
-def answer_choices(net: model.Transformer, chat: tokens.Chat, questions: Sequence[tuple],
-                   normalise: bool) -> dict[str, float]:
-    """Mean mc1 and mc2 over the questions, by sums of log-probs or, normalised, by their means."""
-    found, device = [], next(net.parameters()).device
-    for question, *sets in questions:
-        for which, (choices, labels) in enumerate(sets):
-            rows = [data.Example((("user", question),), c, 1.0, "sft", question) for c in choices]
-            batch = tokens.collate([tokens.encode(e, chat, 10**9) for e in rows], device)
-            logps, _, _, mask = score(net, batch, reference=False)
-            logps = logps / mask.sum(-1) if normalise else logps
-            found.append(multiple_choice(logps.cpu(), torch.tensor(labels).bool())[which])
-    return {"mc1": sum(found[::2]) / len(found[::2]), "mc2": sum(found[1::2]) / len(found[1::2])}
+def examine(net: model.Transformer, chat: tokens.Chat, exam: Exam) -> dict:
+    """held_out: numbers; scores: {test and metric: one number per question}; shown: three samples
+    (prompt, answer, right), of questions with patterns, taken from the tests in turn, if any."""
+    scores, answered = {}, []
+    for name, asked in exam.tests.items():
+        found, texts = questions.ask(net, chat, asked, exam.max_new_tokens)
+        scores |= {f"{name} {metric}": values for metric, values in found.items()}
+        answered.append([(q.prompt, text, right > 0) for q, text, right in zip(
+            asked, texts, found["correct"], strict=True)] if texts else [])
+    shown = [s for turn in itertools.zip_longest(*answered) for s in turn if s][:3]
+    if not shown:
+        texts = generate.complete(net, chat, exam.prompts, exam.max_new_tokens)
+        shown = [(prompt, text, None) for prompt, text in zip(exam.prompts, texts, strict=True)]
+    held = held_out(net, exam.held, exam.beta, exam.budget) if exam.held else {}
+    return {"held_out": held, "scores": scores, "shown": shown}
+
+
+def compare(before: dict, after: dict) -> dict:
+    """Two examinations side by side: held-out numbers, the gain in every test, the samples."""
+    samples = [{"prompt": prompt[-1][1], "before": a, "after": b, "right_before": was,
+                "right_after": now} for (prompt, a, was), (_, b, now)
+               in zip(before["shown"], after["shown"], strict=True)]
+    return {"held_out": {"before": before["held_out"], "after": after["held_out"]},
+            "tests": {name: questions.gain(before["scores"][name], scores)
+                      for name, scores in after["scores"].items()}, "samples": samples}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("evaluate.py", description="Numbers of a policy.")
     parser.add_argument("--model", required=True, help="model folder or Hugging Face id")
     parser.add_argument("--adapter", help="PEFT adapter folder; the reference is the model itself")
-    parser.add_argument("--data", action="append", required=True, help="feedback or TruthfulQA.csv")
+    parser.add_argument("--data", action="append", required=True, help="feedback, or questions")
     parser.add_argument("--template", default="checkpoint")
     parser.add_argument("--beta", type=float, default=0.01, help="as the adapter was trained")
     parser.add_argument("--max_length", type=int, default=2048, help="longer rows are dropped")
     parser.add_argument("--micro_batch_tokens", type=int, default=8192)
     parser.add_argument("--limit", type=int, help="rows or questions read of each file")
+    parser.add_argument("--max_new_tokens", type=int, default=48, help="of an answer to a question")
     parser.add_argument("--score_range", default="0,1", help="LOW,HIGH of a `score` column")
     parser.add_argument("--normalise", action="store_true", help="mc1/mc2 by mean log-probs")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -169,21 +170,25 @@ def main(argv: list[str] | None = None) -> None:
         if args.adapter:
             lora.load(net, args.adapter)
         for path in map(Path, args.data):
-            if choices := path.suffix == ".csv" or "mc1_targets" in next(data.rows(path), "..")[1]:
-                rows, dropped, lost = read_choices(path)[: args.limit], [], []
+            if asked := questions.is_questions(path):
+                rows, dropped, lost = questions.read(path)[: args.limit], [], []
             else:
                 examples, lost, _ = data.read(path, tuple(map(float, args.score_range.split(","))))
                 rows, dropped = tokens.encode_all(examples[: args.limit], chat, args.max_length)
-            print(f"{path}: {len(rows)} {'questions' * choices or 'rows'}, {len(dropped)} too "
+            print(f"{path}: {len(rows)} {'questions' if asked else 'rows'}, {len(dropped)} too "
                   f"long, {len(lost)} unusable; beta {args.beta:g}")
             if not rows:
                 raise ValueError(f"{path} holds nothing of up to {args.max_length} tokens")
-            out = (answer_choices(net, chat, rows, args.normalise) if choices else
-                   held_out(net, data.grouped(rows), args.beta, args.micro_batch_tokens))
-            print("".join(f"  {name:<20} {value:.4f}\n" for name, value in sorted(out.items())))
-    except (ValueError, OSError, KeyError) as error:
-        what = f"{path}: no column {error}" if isinstance(error, KeyError) else error
-        parser.exit(2, f"evaluate.py: {what}\n")
+            if asked:
+                found = questions.ask(net, chat, rows, args.max_new_tokens, args.normalise)[0]
+                out = {name: sum(values) / len(rows) for name, values in found.items()}
+            else:
+                out = held_out(net, data.grouped(rows), args.beta, args.micro_batch_tokens)
+            note = {"correct": f" of {len(rows)} questions"}
+            print("".join(f"  {name:<20} {value:.4f}{note.get(name, '')}\n"
+                          for name, value in sorted(out.items())))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"evaluate.py: {error}\n")
 
 
 if __name__ == "__main__":

@@ -78,9 +78,25 @@ def table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def verdict(after: Mapping[str, float]) -> str:
-    """The held-out numbers in words."""
+def test_table(gains: Mapping[str, Mapping]) -> str:
+    """Tests at start and end in percent, with the 95% interval of the change in points."""
+    wide = max(22, *map(len, gains))
+    lines = [f"{'tests':<{wide}}{'start':>8}{'end':>8}{'change':>9}{'95% interval':>18}"
+             f"{'questions':>12}"]
+    for name, g in gains.items():
+        ends = [f"{100 * x:+.1f}" for x in g["interval"] or ()]
+        lines.append(f"{name:<{wide}}{g['before']:>8.1%}{g['after']:>8.1%}"
+                     f"{100 * g['change']:>+9.1f}{' to '.join(ends) or 'unknown':>18}{g['n']:>12}")
+    return "\n".join(lines)
+
+
+def verdict(after: Mapping[str, float], gains: Mapping[str, Mapping]) -> str:
+    """Tests and held-out numbers in words; a test moved if its interval leaves out zero."""
     lines = []
+    for name, g in gains.items():
+        low, high = g["interval"] or (0, 0)
+        way = "rose" if low > 0 else "fell" if high < 0 else "did not clearly move"
+        lines.append(f"{name} {way}, {g['before']:.1%} to {g['after']:.1%}")
     for kind in KINDS:
         if (change := after.get(f"dlogp/{kind}")) is not None:
             way = "rose" if change > 0 else "fell"
@@ -94,15 +110,27 @@ def verdict(after: Mapping[str, float]) -> str:
     return "; ".join(lines)
 
 
-def samples(prompts: Sequence[tuple], before: Sequence[str], after: Sequence[str]) -> str:
-    """Each fixed prompt's last turn with the greedy answer before and after training."""
-    return "\n".join(f"prompt  {p[-1][1]!r}\nbefore  {a!r}\nafter   {b!r}"
-                     for p, a, b in zip(prompts, before, after, strict=True))
+def samples(shown: Sequence[Mapping]) -> str:
+    """Prompts with the greedy answer before and after training, marked where there is a test."""
+    mark = {None: "", True: "right  ", False: "wrong  "}
+    return "\n".join(f"prompt  {s['prompt']!r}\n"
+                     f"before  {mark[s['right_before']]}{s['before']!r}\n"
+                     f"after   {mark[s['right_after']]}{s['after']!r}" for s in shown)
+
+
+def closing(results: Mapping, folder: Path, out: Path) -> str:
+    """Samples, both tables, the verdict and what to do next: all that a run prints at its end."""
+    held, tests = results["held_out"], results["tests"]
+    parts = [samples(results["samples"]), test_table(tests) if tests else "",
+             table(**held) if held["after"] else "", results["verdict"],
+             next_commands(folder, out)]
+    return "\n".join(part for part in parts if part)
 
 
 def next_commands(folder: Path, out: Path) -> str:
     """How to use what the run left."""
     return (f"adapter {out / 'adapter'}   metrics {out / 'metrics.jsonl'}\n"
+            f"report  {out / 'report.html'}\n"
             f"sample  python generate.py --model {folder} --adapter {out / 'adapter'} "
             "--prompt TEXT\n"
             f"merge   python lora.py merge --model {folder} --adapter {out / 'adapter'} "

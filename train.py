@@ -3,10 +3,13 @@
 Every loss is one line of LOSSES and every step is the same: policy and reference on micro-batches,
 the loss per term, one division by the step's own number of terms, backward, clip, AdamW.
 
+    python train.py                                                    the demo, DEMO below
     python train.py --model DIR --data FILE --loss uft --template alpaca --max_length 512
 """
 import json
 import math
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,14 +22,20 @@ from torch import Tensor
 
 import checkpoint
 import evaluate
-import generate
 import lora
 import losses
 import mixture
 import model
+import page
+import questions
 import report
 import tokens
 from config import Config, check_device, parse_flags
+
+DEMO = ("--model lab/base --data lab/data/demonstrations.jsonl --data lab/data/feedback.jsonl "
+        "--test lab/data/instructions.jsonl --test lab/data/truth.jsonl "
+        "--test lab/data/truth_choices.jsonl --loss uft --beta 0.1 --lr 5e-3 --batch_size 32 "
+        "--max_length 96 --sample_tokens 24")
 
 
 class Terms(NamedTuple):
@@ -37,6 +46,7 @@ class Terms(NamedTuple):
     token_logps: Tensor  # (B, T)
     mask: Tensor  # (B, T)
     rewards: Tensor  # (B,)
+    kinds: Sequence[str]  # B of "sft", "chosen", "rejected", "scored"
     z0: Tensor  # scalar, KTO's reference point
     tokens_per_row: float  # response tokens, averaged over the rows of the step
     config: Config
@@ -138,8 +148,8 @@ def train_step(
         batch = tokens.collate([e for unit in group for e in unit], device)
         scores = evaluate.score(net, batch, objective.reference, config.gradient_checkpointing)
         share = objective.loss(Terms(
-            scores.logps, scores.ref_logps, scores.token_logps, scores.mask, batch.rewards, z0,
-            tokens_per_row, config)).sum() / len(units)
+            scores.logps, scores.ref_logps, scores.token_logps, scores.mask, batch.rewards,
+            batch.kinds, z0, tokens_per_row, config)).sum() / len(units)
         share.backward()
         loss += share.item()
         starts += [len(kinds) + i for i in evaluate.pair_starts(group)]
@@ -175,7 +185,8 @@ def self_check(net: model.Transformer, units: list, config: Config) -> str:
     scores = evaluate.score(net, batch, reference=True)
     u = losses.implicit_reward(scores.logps, scores.ref_logps, config.beta).abs().max().item()
     z0, tokens_per_row = torch.zeros((), device=device), scores.mask.sum(-1).float().mean().item()
-    loss = objective.loss(Terms(*scores, batch.rewards, z0, tokens_per_row, config)).mean().item()
+    terms = Terms(*scores, batch.rewards, batch.kinds, z0, tokens_per_row, config)
+    loss = objective.loss(terms).mean().item()
     said, wrong = f"implicit reward at step 0: {u:g} (expected 0)   loss {loss:.6f}", u != 0
     if objective.start:
         expected = torch.as_tensor(objective.start(batch.rewards, config)).float().mean().item()
@@ -197,23 +208,45 @@ def run_folder(config: Config) -> Path:
     return out
 
 
-def train(config: Config) -> Path:
-    """A whole run; returns its folder.   ValueError for whatever a user can set right."""
-    check_device(config.device)
-    folder, out = model.resolve(config.model), run_folder(config)
+def read_tests(config: Config) -> dict[str, list[questions.Question]]:
+    """The --test files by name: a file's up to its first dot, its path where two share that."""
+    stems = [Path(p).name.split(".")[0] for p in config.test]
+    out = {stem if stems.count(stem) == 1 else path: questions.read(path)
+           for path, stem in zip(config.test, stems, strict=True)}
+    if not config.sample_tokens and any(asked[0].pattern for asked in out.values()):
+        raise ValueError("--test asks for answers, and --sample_tokens 0 leaves them no room: give "
+                         "--sample_tokens 48, or the length of the longest answer")
+    return out
+
+
+def open_chat(config: Config, folder: Path) -> tokens.Chat:
+    """The model's tokenizer and template; ValueError where --max_length exceeds its context."""
     context = model.ModelConfig.from_folder(folder).max_position_embeddings
     if config.max_length > context:
         raise ValueError(f"--max_length {config.max_length} is more than the model's context of "
                          f"{context} tokens (max_position_embeddings): give --max_length {context}")
-    chat = tokens.Chat(folder, config.template)
-    files, weights, test, told, dropped = mixture.load_data(
-        config, chat, LOSSES[config.loss].reads)
+    return tokens.Chat(folder, config.template)
+
+
+def adapted(config: Config, folder: Path) -> tuple[model.Transformer, torch.optim.Optimizer]:
+    """The frozen model with fresh adapters, and the optimizer that trains them."""
     net = model.load(folder, getattr(torch, config.dtype), config.device)
     torch.manual_seed(config.seed)
     targets = "all-linear" if config.lora_targets == ("all-linear",) else config.lora_targets
     lora.inject(net, config.lora_r, config.lora_alpha, targets, config.lora_dropout)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad],
+    return net, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad],
                                   lr=config.lr, weight_decay=config.weight_decay)
+
+
+def train(config: Config) -> Path:
+    """A whole run; returns its folder.   ValueError for whatever a user can set right."""
+    began = time.perf_counter()
+    check_device(config.device)
+    folder, out = model.resolve(config.model), run_folder(config)
+    chat, tests = open_chat(config, folder), read_tests(config)
+    files, weights, held, told, dropped = mixture.load_data(
+        config, chat, LOSSES[config.loss].reads)
+    net, optimizer = adapted(config, folder)
     size = sum(round(w * len(f)) for f, w in zip(files, weights, strict=True))
     steps = config.steps or math.ceil(config.epochs * size / config.batch_size)
     state = {"step": 0, "num_tokens": 0}
@@ -223,6 +256,7 @@ def train(config: Config) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         report.write_json(out / "config.json", asdict(config))
     report.write_lines(out / "dropped.jsonl", dropped)
+    told += [f"{name}: {len(asked)} questions" for name, asked in tests.items()]
     print(report.header(net, config, told, len(dropped), steps, out))
     if state["step"]:
         print(f"resume  after step {state['step']}, {state['num_tokens']} tokens seen")
@@ -231,20 +265,20 @@ def train(config: Config) -> Path:
     print(report.example(first[0][0], chat))
     if not config.resume:
         print("check   " + self_check(net, first, config), flush=True)
-    prompts = [unit[0].prompt for unit in (test or first)][:3 if config.sample_tokens else 0]
-    look = (net, chat, prompts, config.sample_tokens)
-    measure = (net, test, config.beta, config.micro_batch_tokens)
+    prompts = [unit[0].prompt for unit in (held or first)][:3 if config.sample_tokens else 0]
+    exam = evaluate.Exam(held, tests, prompts, config.sample_tokens, config.beta,
+                         config.micro_batch_tokens)
     with lora.disabled(net):
-        answers = generate.complete(*look)
-        before = evaluate.held_out(*measure) if test else {}
+        before = evaluate.examine(net, chat, exam)
     run_steps(net, optimizer, batches, state, steps, size, config, out)
     lora.save(net, out / "adapter", str(config.model))
     chat.save(out / "adapter")
-    print(report.samples(prompts, answers, generate.complete(*look)))
-    if test:
-        after = evaluate.held_out(*measure)
-        print(report.table(before, after) + "\n" + report.verdict(after))
-    print(report.next_commands(folder, out))
+    results = evaluate.compare(before, evaluate.examine(net, chat, exam))
+    results |= {"verdict": report.verdict(results["held_out"]["after"], results["tests"]),
+                "seconds": time.perf_counter() - began}
+    report.write_json(out / "results.json", results)
+    page.write(out)
+    print(report.closing(results, folder, out))
     return out
 
 
@@ -292,9 +326,20 @@ def stopped(error: Exception, step: int, units: list, config: Config, out: Path)
     return error
 
 
+def demo_flags() -> list[str]:
+    """The words of DEMO, its lab/ paths from where the command was given."""
+    here = Path(__file__).resolve().parent
+    return [os.path.relpath(here / word) if word.startswith("lab/") else word
+            for word in DEMO.split()]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     names = {"loss": tuple(LOSSES), "template": ("checkpoint", *tokens.TEMPLATES),
              "dtype": ("float32", "bfloat16")}
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        argv = demo_flags()
+        print(f"demo    python {os.path.relpath(__file__)} {shlex.join(argv)}", flush=True)
     config = parse_flags(argv, names)
     try:
         train(config)

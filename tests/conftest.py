@@ -20,3 +20,18 @@ def files(tmp_path_factory):
     import folder
 
     return folder.write_files(tmp_path_factory.mktemp("data") / "files")
+
+
+@pytest.fixture
+def adapted(base):
+    """The tiny model with an adapter that changes it."""
+    import torch
+
+    import lora
+    import model
+
+    net, generator = model.load(base, torch.float32), torch.Generator().manual_seed(0)
+    lora.inject(net, 2, 4.0, generator=generator)
+    for layer in lora.adapters(net).values():
+        layer.lora_B.data.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=generator))
+    return net

@@ -1,7 +1,5 @@
 """Theorems about measuring: numbers small enough to check by hand, and the evaluation command."""
-import json
 import math
-from pathlib import Path
 
 import pytest
 import tiny
@@ -12,26 +10,16 @@ import evaluate
 import lora
 import losses
 import model
+import questions
 import tokens
 
-TRUTHFULQA = Path(__file__).resolve().parents[2] / "shared/data/datasets/truthfulqa/TruthfulQA.csv"
 KINDS = ("chosen", "rejected", "sft", "scored", "scored")
 LOGPS = torch.tensor([-1.0, -4.0, -2.0, -3.0, -6.0])
 REF_LOGPS = torch.tensor([-3.0, -5.0, -2.0, -2.0, -8.0])  # log-ratios 2, 1, 0, -1, 2
 REWARDS = torch.tensor([1.0, 0.0, 1.0, 0.25, 0.75])
-CSV = ("Type,Question,Best Answer,Correct Answers,Incorrect Answers\n"
-       'A,"Is it, though?",Yes,No doubt; Yes ;,No;\n'
-       "B,Why?,Because,Because,So; Just so\n")
-
-
-@pytest.fixture
-def adapted(base):
-    """The tiny model with an adapter that changes it."""
-    net, generator = model.load(base, torch.float32), torch.Generator().manual_seed(0)
-    lora.inject(net, 2, 4.0, generator=generator)
-    for layer in lora.adapters(net).values():
-        layer.lora_B.data.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=generator))
-    return net
+CHOICES = ("Question,Best Answer,Correct Answers,Incorrect Answers\n"
+           '"Is it, though?",Yes,No doubt; Yes ;,No;\nWhy?,Because,Because,So; Just so\n')
+ASKED = '{"prompt": "Say one.", "pattern": ".*"}\n{"prompt": "Say one.", "pattern": "one"}\n'
 
 
 def units(base, *paths):
@@ -144,79 +132,26 @@ def test_held_out_loss_is_equation_7_and_likelihood_is_per_token_of_good_rows(ba
         -(logps[::2].sum() / mask[::2].sum()).item(), rel=1e-5)
 
 
-def test_multiple_choice_takes_the_likeliest_and_the_mass_of_the_true():
-    """Probabilities 1/8, 1/2, 3/8: the second is likeliest; 1/8 + 3/8 of the mass is true.
-    Red: evaluate.py:multiple_choice: `logps.argmax()` -> `logps.argmin()`
-    Red: evaluate.py:multiple_choice: `logps.softmax(-1)` -> `logps.exp().softmax(-1)`"""
-    logps = torch.tensor([1 / 8, 1 / 2, 3 / 8], dtype=torch.float64).log() - 40
-    for truth, want in (([1, 0, 1], (0, 0.5)), ([0, 1, 0], (1, 0.5)), ([1, 1, 0], (1, 0.625))):
-        found = evaluate.multiple_choice(logps, torch.tensor(truth).bool())
-        assert found == pytest.approx(want, abs=1e-12)
-
-
-def test_truthfulqa_rows_give_the_best_against_all_false_and_all_true_against_all_false(tmp_path):
-    """Blanks around answers go, and the best answer comes once.
-    Red: evaluate.py:read_choices: `a.strip() for a in` -> `a for a in`
-    Red: evaluate.py:read_choices: `if a not in best]` -> `if a]`"""
-    path = tmp_path / "q.csv"
-    path.write_text(CSV, "utf-8-sig")
-    assert evaluate.read_choices(path) == [
-        ("Is it, though?", (["Yes", "No"], [1, 0]), (["Yes", "No doubt", "No"], [1, 1, 0])),
-        ("Why?", *[(["Because", "So", "Just so"], [1, 0, 0])] * 2)]
-
-
-def test_the_hubs_form_of_multiple_choice_reads_as_the_csv(tmp_path):
-    """Red: evaluate.py:read_choices: `("choices", "labels")` -> `("labels", "choices")`"""
-    (tmp_path / "q.csv").write_text(CSV, "utf-8")
-    rows = evaluate.read_choices(tmp_path / "q.csv")
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q} | {
-        f"mc{i}_targets": {"choices": c, "labels": t} for i, (c, t) in enumerate(sets, 1)}) + "\n"
-        for q, *sets in rows), "utf-8")
-    assert evaluate.read_choices(tmp_path / "q.jsonl") == rows
-
-
-@pytest.mark.skipif(not TRUTHFULQA.is_file(), reason="shared data is not here")
-def test_the_real_truthfulqa_has_817_questions():
-    """Every one with one best answer among its true ones, and at least one false.
-    Seen red with `[:1]` behind csv.DictReader(file); tests/red.py has no shared data to run it."""
-    rows = evaluate.read_choices(TRUTHFULQA)
-    assert len(rows) == 817 and all(sum(mc1[1]) == 1 < len(mc1[1]) for _, mc1, _ in rows)
-    assert all(mc2[0][0] == mc1[0][0] and 0 < sum(mc2[1]) < len(mc2[1]) for _, mc1, mc2 in rows)
-
-
-@pytest.mark.parametrize("normalise", [False, True])
-def test_a_choice_is_scored_as_a_response_by_sum_or_by_mean(base, adapted, normalise):
-    """Red: evaluate.py:answer_choices: `logps / mask.sum(-1) if normalise` -> `logps if normalise`
-    Red: evaluate.py:answer_choices: `else logps` -> `else logps / mask.sum(-1)`
-    Red: evaluate.py:answer_choices: `found[1::2]) /` -> `found[::2]) /`"""
-    chat, choices, truth = tokens.Chat(base, "plain"), ["one", "one two ten", "six"], [1, 0, 1]
-    logps = []
-    for choice in choices:
-        row = data.Example((("user", "Say one."),), choice, 1.0, "sft", "")
-        batch = tokens.collate([tokens.encode(row, chat, 99)])
-        total = adapted.response_logps(batch.ids, batch.response_mask)[0].sum()
-        logps.append(total / batch.response_mask.sum() if normalise else total)
-    mc1, mc2 = evaluate.multiple_choice(torch.stack(logps), torch.tensor(truth).bool())
-    questions = [("Say one.", (choices, truth), (choices, truth))]
-    found = evaluate.answer_choices(adapted, chat, questions, normalise)
-    assert found == pytest.approx({"mc1": mc1, "mc2": mc2}, abs=1e-6)
-
-
 def test_the_command_prints_the_numbers_of_every_file(base, adapted, files, tmp_path, capsys):
     """Red: evaluate.py:main: `lora.load(net, args.adapter)` -> `pass`
-    Red: evaluate.py:main: `if choices else` -> `if not choices else`
-    Red: evaluate.py:main: `map(Path, args.data)` -> `map(Path, args.data[:1])`"""
-    (tmp_path / "q.csv").write_text(CSV, "utf-8")
+    Red: evaluate.py:main: `            if asked:` -> `            if not asked:`
+    Red: evaluate.py:main: `map(Path, args.data)` -> `map(Path, args.data[:1])`
+    Red: evaluate.py:main: `sum(values) / len(rows)` -> `sum(values)`
+    Red: evaluate.py:main: `note.get(name, '')` -> `''`"""
+    (tmp_path / "choices.csv").write_text(CHOICES, "utf-8")
+    (tmp_path / "asked.jsonl").write_text(ASKED, "utf-8")
     lora.save(adapted, tmp_path / "adapter", "tiny")
+    paths = [files / "scores.jsonl", tmp_path / "choices.csv", tmp_path / "asked.jsonl"]
+    flags = [word for path in paths for word in ("--data", str(path))]
     evaluate.main(["--model", str(base), "--adapter", str(tmp_path / "adapter"), "--template",
-                   "plain", "--data", str(files / "scores.jsonl"), "--data",
-                   str(tmp_path / "q.csv"), "--limit", "2", "--beta", "0.3"])
-    told = capsys.readouterr().out
-    chat, rows = tokens.Chat(base, "plain"), evaluate.read_choices(tmp_path / "q.csv")
-    want = evaluate.held_out(adapted, units(base, files / "scores.jsonl")[:2], 0.3, 10**6)
-    want |= evaluate.answer_choices(adapted, chat, rows, False)
-    assert "scores.jsonl: 2 rows" in told and "q.csv: 2 questions" in told
+                   "plain", "--limit", "2", "--beta", "0.3", *flags])
+    told, chat = capsys.readouterr().out, tokens.Chat(base, "plain")
+    want = evaluate.held_out(adapted, units(base, paths[0])[:2], 0.3, 10**6)
+    found = questions.ask(adapted, chat, questions.read(paths[1]))[0]
+    want |= {name: sum(values) / 2 for name, values in found.items()}
+    assert "scores.jsonl: 2 rows" in told and "choices.csv: 2 questions" in told
     assert all(f"  {name:<20} {value:.4f}\n" in told for name, value in want.items())
+    assert f"  {'correct':<20} 0.5000 of 2 questions\n" in told
 
 
 def test_measuring_is_exact_in_float64():

@@ -20,17 +20,19 @@ import config
 import evaluate
 import generate
 import lora
+import page
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = {"train": train.main, "generate": generate.main, "evaluate": evaluate.main,
-        "lora": lora.main}
+        "lora": lora.main, "page": page.main}
 FLAGS = {
     "train": "--model DIR/model --template plain --max_length 100 --held_out 4 --steps 2 "
              "--sample_tokens 0 --out DIR/run",
     "generate": "--model DIR/model --prompt hi --template plain --max_new_tokens 2",
     "evaluate": "--model DIR/model --template plain",
-    "lora": "merge --model DIR/model --adapter DIR/other --out DIR/merged"}
+    "lora": "merge --model DIR/model --adapter DIR/other --out DIR/merged",
+    "page": ""}
 CONFIG, WEIGHTS, DATA = "model/config.json", "model/model.safetensors", "data.jsonl"
 GOOD = '{"prompt": "a", "response": "b"}\n'
 CASES = {
@@ -93,7 +95,15 @@ CASES = {
     "empty file": ("evaluate", {DATA: ""}, "", "data.jsonl; no usable row"),
     "nothing fits": ("evaluate", {}, "--max_length 4", "data.jsonl; up to 4 tokens"),
     "no such column": ("evaluate", {"q.csv": "a,b\n1,2\n"}, "--data DIR/q.csv",
-                       "q.csv; no column; 'Best Answer'"),
+                       "q.csv:2; no column; prompt and pattern; TruthfulQA.csv"),
+    "no such test": ("train", {}, "--test DIR/none.jsonl", "No such file; DIR/none.jsonl"),
+    "a broken pattern": ("train", {"q.jsonl": '{"prompt": "a", "pattern": "("}\n'},
+                         "--test DIR/q.jsonl", "q.jsonl:1; no regular expression"),
+    "a test without room": ("train", {"q.jsonl": '{"prompt": "a", "pattern": "a"}\n'},
+                            "--test DIR/q.jsonl", "--test; --sample_tokens 0; --sample_tokens 48"),
+    "feedback as a test": ("train", {}, "--test DIR/data.jsonl",
+                           "data.jsonl:1; no column 'mc1_targets'; prompt and pattern"),
+    "a page of no run": ("page", {}, "DIR/model/none", "DIR/model/none; no config.json"),
     "a temperature below zero": ("generate", {}, "--temperature -1", "--temperature >= 0"),
     "an empty prompt": ("generate", {"model/tokenizer_config.json": {"add_bos_token": False}},
                         "--prompt=", "no tokens; BOS"),
@@ -145,12 +155,14 @@ def check(stderr, words, usage):
 def test_a_mistake_ends_with_one_sentence_and_exit_code_2(case, place, capsys):
     """Red: train.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: train.py:main: `sys.exit(2)` -> `sys.exit(1)`
-    Red: evaluate.py:main: `(ValueError, OSError, KeyError)` -> `ZeroDivisionError`
+    Red: evaluate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
+    Red: page.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: generate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: lora.py:main: `(ValueError, OSError, SafetensorError)` -> `ZeroDivisionError`
     Red: config.py:check_device: `(RuntimeError, AssertionError)` -> `ZeroDivisionError`
     Red: config.py:parse_flags: `allow_abbrev=False` -> `allow_abbrev=True`
     Red: mixture.py:load_data: `raise FILE:WEIGHT` -> `raise it`
+    Red: train.py:read_tests: `if not config.sample_tokens and` -> `if 0 and`
     Red: evaluate.py:main: `if not rows:` -> `if 0:`"""
     program, argv, words = prepare(place, case)
     with pytest.raises(SystemExit) as stop:
@@ -230,7 +242,8 @@ def test_the_batch_that_broke_a_run_is_saved_with_its_rows(place):
 @pytest.mark.parametrize("field", fields(config.Config), ids=lambda f: f.name)
 def test_every_field_is_a_flag_that_reaches_the_config(field, monkeypatch):
     """Red: config.py:parse_flags: `**given | ` -> `model=given["model"], loss=given["loss"], **`"""
-    value = {"loss": "dpo", "template": "chatml", "dtype": "bfloat16", "data": ("x",)}.get(
+    value = {"loss": "dpo", "template": "chatml", "dtype": "bfloat16", "data": ("x",),
+             "test": ("x",)}.get(
         field.name, VALUES[field.type])
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
     got = []

@@ -270,6 +270,7 @@ def test_every_loss_trains_an_adapter_to_sample_from(loss, base, files, tmp_path
 def test_a_run_folder_holds_settings_metrics_with_trls_names_and_peft_files(base, files, tmp_path):
     """Red: train.py:train: `chat.save(out / "adapter")` -> `pass`
     Red: train.py:train: `report.write_json(out / "config.json", asdict(config))` -> `pass`
+    Red: train.py:train: `page.write(out)` -> `pass`
     Red: train.py:run_steps: `"epoch":` -> `"epochs":`
     Red: evaluate.py:measure: `out["rewards/margins"]` -> `out["margins"]`"""
     out = run(base, files / "pairs.jsonl", tmp_path / "run", "--loss", "dpo", "--steps", "2")
@@ -277,7 +278,7 @@ def test_a_run_folder_holds_settings_metrics_with_trls_names_and_peft_files(base
     assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.*")) == [
         *(f"adapter/{n}" for n in [*kept, "chat_template.jinja", "generation_config.json"]),
         *(f"checkpoints/step-2/{n}" for n in [*kept, "optimizer.safetensors", "state.json"]),
-        "config.json", "dropped.jsonl", "metrics.jsonl"]
+        "config.json", "dropped.jsonl", "metrics.jsonl", "report.html", "results.json"]
     names = {"step", "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "logps/chosen",
              "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins",
              "rewards/accuracies"}
