@@ -11,7 +11,7 @@ Answer: as predicted. Three of twelve reach pi* (TV 0): reward MSE on the policy
 DRO. Z = .417 costs BCE on-policy a TV of .022, UFT on-policy .073, the same on uniform data .27 and
 .31, IPO .37, reward MSE on data of pi_ref .39; KTO keeps two answers (.44), the authors' online
 loss one, the best (.76). With Z = 1 UFT and BCE reach pi* on uniform data too. Sizes and order hold
-for these constants: notes on another bandit (Z = .414, constants not kept) have the same order but for
+for these constants: notes on another (Z = .414, constants unknown) have the same order but for
 the last two, KTO .678 after the authors' .579, which this KTO (soft labels, z0 = KL) did not give.
 All start at pi_ref: from elsewhere UFT on uniform data may end in a second minimum (TV .372).
 
