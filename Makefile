@@ -1,4 +1,5 @@
 # make test         environment, then the whole core suite (CPU, no network after installation)
+# make demo         environment, then train.py on the bundled model, data and tests
 # make test-peers   parity with transformers, PEFT and TRL, in an environment of their own
 # make red          every mutation that a test names, applied to a copy: each must turn its test red
 # make TORCH_INDEX=URL ...   takes torch from another index, such as PyTorch's own CPU builds
@@ -8,6 +9,9 @@ ONE = OMP_NUM_THREADS=1
 
 test: .venv/ready
 	$(ONE) .venv/bin/python -m pytest
+
+demo: .venv/ready
+	.venv/bin/python train.py
 
 test-peers: .venv-peers/ready
 	$(ONE) .venv-peers/bin/python -m pytest tests/peers
@@ -24,4 +28,4 @@ red: .venv/ready
 	$*/bin/pip install -q --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: test test-peers red
+.PHONY: test demo test-peers red

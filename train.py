@@ -256,8 +256,9 @@ def train(config: Config) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         report.write_json(out / "config.json", asdict(config))
     report.write_lines(out / "dropped.jsonl", dropped)
-    told += [f"{name}: {len(asked)} questions" for name, asked in tests.items()]
     print(report.header(net, config, told, len(dropped), steps, out))
+    print("".join(f"test    {name}: {len(asked)} questions\n" for name, asked in tests.items()),
+          end="")
     if state["step"]:
         print(f"resume  after step {state['step']}, {state['num_tokens']} tokens seen")
     batches = mixture.stream(files, weights, config, state["step"])

@@ -36,21 +36,19 @@ def tests(tmp_path):
     return [str(p) for p in paths]
 
 
-def run(base, file, out, tests):
+def run(base, file, out, tests, *more):
     """train.main with some tests, small and fast; returns results.json."""
     train.main(["--model", str(base), "--data", str(file), "--template", "plain", "--lr", "0.05",
                 "--max_length", "128", "--steps", "4", "--lora_r", "2", "--sample_tokens", "5",
-                "--held_out", "4", "--out", str(out), *(w for t in tests for w in ("--test", t))])
+                "--held_out", "4", "--out", str(out), *(w for t in tests for w in ("--test", t)), *more])
     return json.loads((out / "results.json").read_text("utf-8"))
 
 
 def test_results_are_the_gains_from_base_to_adapter(base, files, tests, tmp_path, capsys):
     """Asked again of the base and of the saved adapter, the tests give the same numbers.
-    Red: train.py:train: `lora.disabled(net)` -> `torch.no_grad()`
     Red: train.py:train: `compare(before, evaluate` -> `compare(before, before or evaluate`
     Red: evaluate.py:compare: `before["scores"][name], scores)` -> `scores, scores)`
     Red: evaluate.py:compare: `"before": before["held_out"]` -> `"before": after["held_out"]`
-    Red: evaluate.py:examine: `asked, exam.max_new_tokens)` -> `asked)`
     Red: train.py:train: `"seconds": time.perf_counter() - began` -> `"seconds": 0`"""
     found = run(base, files / "scores.jsonl", tmp_path / "run", tests)
     asked, scores = train.read_tests(config.Config("m", ("d",), tuple(tests))), []
@@ -73,10 +71,21 @@ def test_results_are_the_gains_from_base_to_adapter(base, files, tests, tmp_path
         held["after"], found["tests"]) == found["verdict"] in told
 
 
+def test_a_resumed_run_is_asked_of_the_base_before(base, files, tests, tmp_path):
+    """Gone on with after its last step, a run has the same tests before and after as at first.
+    Red: train.py:train: `lora.disabled(net)` -> `torch.no_grad()`
+    Red: checkpoint.py: `"sample_tokens", "test")` -> `"sample_tokens")`"""
+    first = run(base, files / "scores.jsonl", tmp_path / "run", tests[1:])
+    again = run(base, files / "scores.jsonl", tmp_path / "run", tests, "--resume", "true")
+    assert first["held_out"] == again["held_out"]
+    assert first["tests"].items() <= again["tests"].items() and "words correct" in again["tests"]
+
+
 def test_samples_are_the_first_questions_of_the_files_in_turn(base, files, tests, tmp_path, capsys):
     """First of the first file, first of the second, second of the first; marked as judged.
     Red: evaluate.py:examine: `itertools.zip_longest(*answered)` -> `answered`
     Red: evaluate.py:examine: `text, right > 0)` -> `text, right < 1)`
+    Red: evaluate.py:examine: `asked, exam.max_new_tokens)` -> `asked)`
     Red: report.py:samples: `True: "right  ", False: "wrong  "` -> `True: "", False: ""`
     Red: evaluate.py:compare: `"right_before": was` -> `"right_before": now and was`"""
     samples = run(base, files / "scores.jsonl", tmp_path / "run", tests[::-1])["samples"]

@@ -127,7 +127,7 @@ def test_a_curve_is_drawn_to_scale(made):
     """Loss 1, 2, 3 at steps 1, 2, 3: dots and line rise evenly from the lower left.
     Red: page.py:chart: `HEIGHT - BOTTOM - (p[i] - y0) * up` -> `TOP + (p[i] - y0) * up`
     Red: page.py:chart: `(p[0] - x0) * across` -> `(x1 - p[0]) * across`
-    Red: page.py:ticks: `math.ceil(low / step)` -> `math.ceil(low)`"""
+    Red: page.py:ticks: `math.floor(high / step)` -> `math.floor(high)`"""
     body = well_formed(made([{"step": i, "loss": i / 10} for i in (1, 2, 3)]))
     dots, line = (p.get("d") for p in body.find(".//svg/g"))
     at = [tuple(map(float, place.split())) for place in re.findall(r"[\d.]+ [\d.]+", dots)]
