@@ -1,0 +1,38 @@
+"""What do the scores add?
+
+Question    Does UFT gain from graded scores, or would any label, or none, do as well?
+Prediction  Graded scores beat labels cut at 1/2 a little and shuffled or constant scores clearly;
+            a constant score above 1/2 is SFT on everything and teaches form without truth.
+Command     python -m lab.scores
+Runtime     RUNTIME
+Answer      ANSWER
+
+One learning rate, one beta, the same rows in the same order, eight seeds: only the scores differ.
+"shuffled" swaps the two scores of a prompt in half of the pairs; "constant" gives every answer the
+mean score; "shift" measures scores from the mean of their batch instead of from 1/2.
+"""
+from lab import experiment, summary
+from lab.experiment import Stage
+
+SEEDS = range(1, 9)
+KINDS = ("given", "binary", "shuffled", "constant")
+COLUMNS = ("form_feedback", "form", "content", "truth", "mc2", "pairs", "kl_policy", "length")
+
+
+def arms() -> dict[str, list[Stage]]:
+    out = {f"feedback, {k}": [Stage("uft", "feedback", 5e-3, 0.1, scores=k)] for k in KINDS}
+    out["feedback, shift"] = [Stage("uft_shift", "feedback", 5e-3, 0.1)]
+    out["feedback, pairs (dpo)"] = [Stage("dpo", "feedback", 5e-3, 0.1, batch=16)]
+    return out | {f"mixture, {k}": [Stage("uft", "both", 5e-3, 0.1, scores=k)] for k in KINDS}
+
+
+def main() -> None:
+    rows = experiment.run_arms(arms(), SEEDS, "test", 2, "scores")
+    summary.save("scores", {"rows": rows})
+    print(summary.table(rows, COLUMNS))
+    print(summary.differences(rows, [(f"{rows_}, given", f"{rows_}, {other}")
+          for rows_ in ("feedback", "mixture") for other in KINDS[1:]], COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
