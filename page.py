@@ -40,10 +40,11 @@ p, ul { margin: .4rem 0 } ul { padding-left: 1.2rem } small, .key { color: var(-
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .4rem; border-bottom: 1px solid var(--line); text-align: right;
   overflow-wrap: normal }
-th:first-child { text-align: left; padding-left: 0; overflow-wrap: anywhere }
+th:first-child { text-align: left; padding-left: 0; overflow-wrap: break-word }
 tbody th { font-weight: 400 }
 .grid { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
+.wide { overflow-x: auto }
 .box { background: var(--box); border-radius: 6px; padding: .7rem .9rem; margin: .7rem 0 }
 .box p, pre { white-space: pre-wrap } .box .grid { gap: 0 1.5rem } pre { font-size: .85rem }
 .right { color: var(--chosen) } .wrong { color: var(--rejected) }
@@ -53,6 +54,7 @@ svg text { fill: var(--soft); font: 13px system-ui, sans-serif }
 .settings { columns: 15rem; font-size: .85rem; list-style: none; padding: 0 }
 figure, tr, .box, li { break-inside: avoid } h2 { break-after: avoid }
 @media (max-width: 34rem) { table, .key { font-size: .8rem } th, td { padding: .3rem .2rem } }
+@media print { body { font-size: .75rem; padding: 0 } .grid { grid-template-columns: 1fr 1fr } }
 """
 
 
@@ -62,7 +64,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = "".join(f'<tr><th scope="row">{escape(name)}</th>'
                    + "".join(f"<td>{escape(c)}</td>" for c in rest) + "</tr>\n"
                    for name, *rest in rows)
-    return f"<table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return (f'<div class="wide"><table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody>'
+            "</table></div>")
 
 
 def tests_table(tests: dict) -> str:
@@ -70,7 +73,7 @@ def tests_table(tests: dict) -> str:
     rows = [(name, f"{g['before']:.1%}", f"{g['after']:.1%}", f"{100 * g['change']:+.1f}",
              " to ".join(f"{100 * x:+.1f}" for x in g["interval"] or ()) or "unknown", str(g["n"]))
             for name, g in tests.items()]
-    return table(("test", "start", "end", "change", "95% interval", "questions"), rows)
+    return table(("test", "start", "end", "change", "95% interval", "n"), rows)
 
 
 def held_out_table(before: dict, after: dict) -> str:
@@ -91,9 +94,9 @@ def sample(shown: dict) -> str:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, six at most."""
-    step = 10 ** math.floor(math.log10((high - low) / 5))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 5)
+    """Round numbers from low to high, seven at most."""
+    step = 10 ** math.floor(math.log10((high - low) / 6))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

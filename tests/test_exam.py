@@ -40,7 +40,8 @@ def run(base, file, out, tests, *more):
     """train.main with some tests, small and fast; returns results.json."""
     train.main(["--model", str(base), "--data", str(file), "--template", "plain", "--lr", "0.05",
                 "--max_length", "128", "--steps", "4", "--lora_r", "2", "--sample_tokens", "5",
-                "--held_out", "4", "--out", str(out), *(w for t in tests for w in ("--test", t)), *more])
+                "--held_out", "4", "--out", str(out), *more,
+                *(word for path in tests for word in ("--test", path))])
     return json.loads((out / "results.json").read_text("utf-8"))
 
 

@@ -101,7 +101,7 @@ def test_tables_hold_the_numbers_of_results_json(made):
     Red: page.py:body: `if held.get("after")` -> `if 0`"""
     rows = cells(made(steps(3), RESULTS))
     assert rows[:3] == [
-        ["test", "start", "end", "change", "95% interval", "questions"],
+        ["test", "start", "end", "change", "95% interval", "n"],
         ["words correct", "12.5%", "50.0%", "+37.5", "+25.0 to +50.0", "240"],
         [EVIL, "12.5%", "50.0%", "+37.5", "unknown", "1"]]
     assert ["uft_loss", "0.2500", "0.0625", "-0.1875"] in rows[3:]
