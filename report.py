@@ -81,8 +81,7 @@ def table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
 def test_table(gains: Mapping[str, Mapping]) -> str:
     """Tests at start and end in percent, with the 95% interval of the change in points."""
     wide = max(22, *map(len, gains))
-    lines = [f"{'tests':<{wide}}{'start':>8}{'end':>8}{'change':>9}{'95% interval':>18}"
-             f"{'questions':>12}"]
+    lines = [f"{'tests':<{wide}}   start     end   change      95% interval   questions"]
     for name, g in gains.items():
         ends = [f"{100 * x:+.1f}" for x in g["interval"] or ()]
         lines.append(f"{name:<{wide}}{g['before']:>8.1%}{g['after']:>8.1%}"
