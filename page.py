@@ -189,7 +189,8 @@ def body(settings: dict, rows: Sequence[dict], results: dict) -> str:
     verdict = results.get("verdict", "no results.json: the run goes on, or was stopped")
     about = [f"{len(rows)} step{'s' * (len(rows) != 1)} of {settings['batch_size']}",
              f"beta {settings['beta']:g}", f"learning rate {settings['lr']:g}",
-             f"seed {settings['seed']}", *([f"{seconds:.0f} seconds"] if seconds else []), ", ".join(settings["data"])]
+             f"seed {settings['seed']}", *([f"{seconds:.0f} seconds"] if seconds else []),
+             ", ".join(settings["data"])]
     listed = "".join(f"<li>{escape(name)} <b>{escape(json.dumps(value))}</b></li>\n"
                      for name, value in settings.items())
     parts = (
