@@ -1,5 +1,7 @@
 # make test         environment, then the whole core suite (CPU, no network after installation)
 # make demo         environment, then train.py on the bundled model, data and tests
+# make results      every experiment of lab/ that is not cached, the figures, docs/results.md
+# make figures      docs/figures from the recorded results
 # make test-peers   parity with transformers, PEFT and TRL, in an environment of their own
 # make red          every mutation that a test names, applied to a copy: each must turn its test red
 # make TORCH_INDEX=URL ...   takes torch from another index, such as PyTorch's own CPU builds
@@ -12,6 +14,13 @@ test: .venv/ready
 
 demo: .venv/ready
 	.venv/bin/python train.py
+
+results: .venv/ready
+	for name in tables scores mixture shapes beta saturation optimum figures results; do \
+		$(ONE) .venv/bin/python -m lab.$$name || exit 1; done
+
+figures: .venv/ready
+	.venv/bin/python -m lab.figures
 
 test-peers: .venv-peers/ready
 	$(ONE) .venv-peers/bin/python -m pytest tests/peers
@@ -28,4 +37,4 @@ red: .venv/ready
 	$*/bin/pip install -q --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: test demo test-peers red
+.PHONY: test demo results figures test-peers red

@@ -34,8 +34,8 @@ from config import Config, check_device, parse_flags
 
 DEMO = ("--model lab/base --data lab/data/demonstrations.jsonl --data lab/data/feedback.jsonl "
         "--test lab/data/instructions.jsonl --test lab/data/truth.jsonl "
-        "--test lab/data/truth_choices.jsonl --loss uft --beta 0.1 --lr 5e-3 --batch_size 32 "
-        "--max_length 96 --sample_tokens 24")
+        "--test lab/data/truth_choices.jsonl --loss uft --beta 0.1 --lr 7e-3 --epochs 3 "
+        "--batch_size 32 --max_length 96 --micro_batch_tokens 512 --sample_tokens 24")
 
 
 class Terms(NamedTuple):

@@ -12,8 +12,6 @@ Answer      ANSWER
 Demonstrations only, three seeds, AdamW without clipping (a clip of 1 would hit SFT's gradients,
 which are 4/beta times larger). Held-out nll against both KLs is the frontier.
 """
-import math
-
 from lab import experiment, summary
 from lab.experiment import Stage
 
@@ -25,16 +23,6 @@ def arms() -> dict[str, list[Stage]]:
     named = [("sft", 0.1), ("sft_token_mean", 0.1), *(("uft", b) for b in BETAS)]
     return {f"{loss}{f' beta {b:g}' if loss == 'uft' else ''}, lr {lr:g}":
             [Stage(loss, "demonstrations", lr, b, clip=1e9)] for loss, b in named for lr in LRS}
-
-
-def best_of(values: list[float]) -> list[float]:
-    """Expected best of k of the values, k = 1, 2, ..., drawn without putting back.
-
-    Of n sorted values the i-th is the best of k with probability C(i - 1, k - 1) / C(n, k).
-    """
-    n = len(values)
-    return [sum(v * math.comb(i, k - 1) for i, v in enumerate(sorted(values))) / math.comb(n, k)
-            for k in range(1, n + 1)]
 
 
 def main() -> None:

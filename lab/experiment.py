@@ -57,7 +57,7 @@ def is_demonstration(t: train.Terms) -> Tensor:
     return torch.tensor([k == "sft" for k in t.kinds], device=t.logps.device)
 
 
-def row_loss(loss) -> train.Objective:
+def row_loss(loss: Callable[[train.Terms], Tensor]) -> train.Objective:
     return train.Objective("rows", True, loss, None)
 
 
@@ -176,15 +176,17 @@ def fit(net: model.Transformer, stage: Stage, seed: int,
     net.requires_grad_(False)
 
 
-def key(*parts: object) -> str:
-    """A name for settings: equal settings, equal base and equal version give equal names."""
-    text = json.dumps([VERSION, base_hash(), *parts], sort_keys=True)
+def key(stages: Sequence[Stage], seed: int, split: str = "") -> str:
+    """A name for a run: equal stages, seed, split, world and VERSION give equal names."""
+    text = json.dumps([VERSION, world_hash(), [asdict(s) for s in stages], seed, split])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache
-def base_hash() -> str:
-    return hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()[:16]
+def world_hash() -> str:
+    """Of the base's weights and of the bundled files, which a test holds to the generator."""
+    files = [BASE / "model.safetensors", *sorted((BASE.parent / "data").glob("*.jsonl"))]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
 
 
 def policy(stages: Sequence[Stage], seed: int) -> model.Transformer:
@@ -192,7 +194,7 @@ def policy(stages: Sequence[Stage], seed: int) -> model.Transformer:
     net = model.load(BASE, torch.float32)
     if not stages:
         return net
-    path = CACHE / f"{key([asdict(s) for s in stages[:-1]], seed)}.safetensors"
+    path = CACHE / f"{key(stages[:-1], seed)}.safetensors"
     if len(stages) > 1 and path.exists():
         net.load_state_dict(load_file(path))
     elif len(stages) > 1:
@@ -208,7 +210,7 @@ def policy(stages: Sequence[Stage], seed: int) -> model.Transformer:
 
 def run(stages: Sequence[Stage], seed: int, split: str) -> dict[str, float]:
     """The numbers of one run, from the cache if it was run before."""
-    path = CACHE / f"{key([asdict(s) for s in stages], seed, split)}.json"
+    path = CACHE / f"{key(stages, seed, split)}.json"
     if path.exists():
         return json.loads(path.read_text("utf-8"))
     found = measure(policy(stages, seed), split)

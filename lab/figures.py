@@ -38,7 +38,8 @@ def frontier(axes: list[Axes]) -> None:
             points = sorted((r[x], r["form"]) for r in tuned[name])
             ax.plot(*zip(*points, strict=True), "o-" if name == "uft_mixed" else "o:", color=color,
                     label=name, markersize=4)
-        ax.set_xlabel({"truth": "truthful answers", "kl_text": "KL(base||policy) per token of text"}[x])
+        ax.set_xlabel({"truth": "truthful answers",
+                       "kl_text": "KL(base||policy) per token of text"}[x])
         ax.set_ylabel("instructions followed")
     axes[0].legend(fontsize=7)
 
@@ -46,8 +47,9 @@ def frontier(axes: list[Axes]) -> None:
 def best_of(axes: list[Axes]) -> None:
     """Expected best validation score of k settings: what the size of a grid is worth."""
     held = summary.load("tables")["best_of"]
-    for name, color in zip(("sft", "uft", "sft_then_una", "sft_then_dpo", "uft_mixed", "weighted_sft",
-                            "sft_una_mixed"), COLORS, strict=False):
+    names = ("sft", "uft", "sft_then_una", "sft_then_dpo", "uft_mixed", "weighted_sft",
+             "sft_una_mixed")
+    for name, color in zip(names, COLORS, strict=False):
         axes[0].plot(range(1, len(held[name]) + 1), held[name], "o-", color=color, label=name,
                      markersize=3)
     axes[0].set(xlabel="settings tried", ylabel="expected best validation score")

@@ -42,7 +42,7 @@ def train_tokenizer(here: world.World) -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False)
-    documents = itertools.islice(world.corpus(here, 0), 20_000)
+    documents = itertools.islice(world.corpus(here, 0), 50_000)
     bare = (re.sub(r"\[/?INST\]", "", text) for text in documents)  # or they would count twice
     tokenizer.train_from_iterator(bare, trainer)
     return tokenizer

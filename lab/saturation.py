@@ -41,6 +41,7 @@ def watched(beta: float) -> dict:
     ref_logps, steps = measure.logps(net, rows), []
 
     def watch(step: int, net: torch.nn.Module) -> None:
+        """A point every EVERY steps."""
         if step % EVERY and step != 95:
             return
         gains = measure.logps(net, rows) - ref_logps
@@ -60,15 +61,20 @@ def watched(beta: float) -> dict:
     return {"steps": steps}
 
 
+def table(runs: dict) -> str:
+    """First and last step of every run."""
+    names = ("demonstrations gain 50", "demonstrations weight 50", "demonstrations faded",
+             "scored gain 50", "scored weight 50", "weight with length", "weight with ref_logps")
+    return summary.markdown(["beta", "step", *names], [
+        [beta, str(p["step"]), *(f"{p[n]:.3f}" for n in names)]
+        for beta, run in runs.items() for p in (run["steps"][0], run["steps"][-1])])
+
+
 def main() -> None:
     torch.set_num_threads(1)
     out = {f"{beta:g}": watched(beta) for beta in BETAS}
     summary.save("saturation", out)
-    names = ("demonstrations gain 50", "demonstrations weight 50", "demonstrations faded",
-             "scored gain 50", "scored weight 50", "weight with length", "weight with ref_logps")
-    print(summary.markdown(["beta", "step", *names], [
-        [beta, str(p["step"]), *(f"{p[n]:.3f}" for n in names)]
-        for beta, run in out.items() for p in (run["steps"][0], run["steps"][-1])]))
+    print(table(out))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ COLUMNS = ("form_demonstrations", "content", "truth", "skills", "nll", "kl_polic
 
 
 def arms() -> dict[str, list[Stage]]:
+    """Every loss for 24 passes, and SFT stopped after 8."""
     def passes(loss: str, count: int) -> list[Stage]:
         return [Stage(loss, "demonstrations", 5e-3, BETA, steps=count * ROWS // 32,
                       sizes=(ROWS, 0), clip=1e9)]

@@ -5,8 +5,12 @@ them. No correction for many comparisons is made: one star in twenty is chance.
 """
 import json
 import math
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 RESULTS = Path("lab/results")
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
@@ -27,6 +31,16 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def difference(a: Sequence[Mapping], b: Sequence[Mapping], name: str) -> tuple[float, float]:
     """Mean of a - b over seeds, and the half width of its interval."""
     return interval([x[name] - y[name] for x, y in zip(a, b, strict=True)])
+
+
+def best_of(values: Sequence[float]) -> list[float]:
+    """Expected best of k of the values, k = 1, 2, ..., drawn without putting back.
+
+    Of n sorted values the i-th is the best of k with probability C(i - 1, k - 1) / C(n, k).
+    """
+    n = len(values)
+    return [sum(v * math.comb(i, k - 1) for i, v in enumerate(sorted(values))) / math.comb(n, k)
+            for k in range(1, n + 1)]
 
 
 def cell(mean: float, half: float, column: str, signed: bool = False) -> str:
@@ -55,6 +69,11 @@ def differences(rows: Rows, pairs: Sequence[tuple[str, str]], columns: Sequence[
     return markdown(["paired difference", *columns], [
         [f"{a} - {b}", *(cell(*difference(rows[a], rows[b], c), c, True) for c in columns)]
         for a, b in pairs])
+
+
+def machine() -> str:
+    """What made the numbers, without naming anyone's computer."""
+    return f"{os.cpu_count()} cores of {platform.machine()}, torch {torch.__version__}, float32"
 
 
 def save(name: str, value: dict) -> Path:

@@ -11,7 +11,6 @@ six scores (measure.SELECT) goes to the test split with the seeds SEEDS. The bud
 before anything runs. A sequential arm's first stage is SFT at the setting that SFT itself won with.
 """
 import argparse
-import math
 from collections.abc import Callable, Sequence
 
 from lab import experiment, summary
@@ -93,17 +92,6 @@ def means(runs: list[dict]) -> dict[str, float]:
     return {k: sum(r[k] for r in runs) / len(runs) for k in runs[0]}
 
 
-def best_of(rows: list[dict]) -> list[float]:
-    """Expected best `select` among k of the settings, k = 1, 2, ...: what a smaller budget gives.
-
-    Of n sorted values the i-th is the best of k with probability C(i - 1, k - 1) / C(n, k).
-    """
-    values = sorted(r["select"] for r in rows)
-    n = len(values)
-    return [sum(v * math.comb(i, k - 1) for i, v in enumerate(values)) / math.comb(n, k)
-            for k in range(1, n + 1)]
-
-
 def test(arms: dict, tuned: dict, seeds: Sequence[int], workers: int) -> dict[str, list[dict]]:
     """Every arm at its best setting on the test split, one row of numbers a seed."""
     sft = arms["sft"][0](best(tuned["sft"]), [])
@@ -129,8 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = test(arms, tuned, seeds, args.workers)
     print(summary.table(rows, QUALITY) + "\n\n" + summary.table(rows, DRIFT))
     if not args.quick:
-        value = {"seeds": seeds, "tuning_seeds": tuning, "budget": BUDGET, "tuned": tuned,
-                 "best_of": {n: best_of(r) for n, r in tuned.items()}, "rows": rows}
+        best_of = {n: summary.best_of([s["select"] for s in r]) for n, r in tuned.items()}
+        value = {"machine": summary.machine(), "seeds": seeds, "tuning_seeds": tuning,
+                 "budget": BUDGET, "tuned": tuned, "best_of": best_of, "rows": rows}
         print(f"\nwritten: {summary.save('tables', value)}; make results draws the figures")
 
 

@@ -62,6 +62,7 @@ class Ask:
 
 
 def build(seed: int) -> World:
+    """The facts of a seed; 60 entities for training, 20 for validation, 20 for the test."""
     rng = random.Random(f"world {seed}")
     truth, popular, names = {}, {}, rng.sample(ENTITIES, len(ENTITIES))
     for key in ((e, a) for e in ENTITIES for a in VALUES):
@@ -87,7 +88,7 @@ def fact_prompts(entity: str, attribute: str) -> list[str]:
 
 
 def ask_fact(world: World, rng: random.Random, split: str) -> tuple:
-    """(prompt, right, wrong, fact); the popular falsehood, if there is one, leads the wrong ones."""
+    """(prompt, right, wrong, fact); the popular falsehood, if any, leads the wrong ones."""
     key = rng.choice(world.entities[split]), rng.choice(list(VALUES))
     values = [v for v in VALUES[key[1]] if v not in (world.truth[key], world.popular.get(key))]
     wrong = [v for k, v in world.popular.items() if k == key] + rng.sample(values, 3)
@@ -198,13 +199,14 @@ def skill(rng: random.Random, split: str) -> tuple[str, str]:
     """(line up to =>, its completion) of a split: text, not chat."""
     kind = rng.choice(("copy", "reverse", "sort", "count", "upper", "repeat", "sum", "sum"))
     items = rng.sample(NOUNS, rng.randrange(3, 7))
+    words = rng.sample([*NOUNS, *(v for values in VALUES.values() for v in values)], len(items))
     digits = [str(rng.randrange(10)) for _ in range(rng.randrange(3, 7))]
     times, terms = rng.randrange(2, 4), [rng.randrange(10) for _ in range(rng.randrange(2, 4))]
     line, done = {
         "copy": (["copy", ":", *items], items), "reverse": (["reverse", ":", *items], items[::-1]),
         "sort": (["sort", ":", *digits], sorted(digits)),
         "count": (["count", ":", *items], [str(len(items))]),
-        "upper": (["upper", ":", *items], [w.upper() for w in items]),
+        "upper": (["upper", ":", *words], [w.upper() for w in words]),
         "repeat": (["repeat", str(times), ":", *items[:2]], items[:2] * times),
         "sum": (" + ".join(map(str, terms)).split(), [str(sum(terms))])}[kind]
     line = " ".join(line) + " =>"
@@ -333,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     world = build(0)
     files = {"demonstrations": demonstrations(world, args.seed, args.rows),
              "feedback": feedback(world, args.seed, args.rows // 2)} | tests(world, "test")
+    files["instructions"].sort(key=lambda row: len(row["constraints"]))  # the simple ones first
     write(args.out, files)
     print(f"{args.out}: " + ", ".join(f"{len(rows)} {name}" for name, rows in files.items()))
 

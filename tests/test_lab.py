@@ -86,11 +86,11 @@ def test_a_difference_is_starred_where_its_interval_excludes_zero():
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_best_of_k_is_the_mean_over_all_choices_of_k(k):
-    """Red: lab/beta.py:best_of: `math.comb(i, k - 1)` -> `math.comb(i, k)`
-    Red: lab/beta.py:best_of: `/ math.comb(n, k)` -> `/ n`"""
+    """Red: lab/summary.py:best_of: `math.comb(i, k - 1)` -> `math.comb(i, k)`
+    Red: lab/summary.py:best_of: `/ math.comb(n, k)` -> `/ n`"""
     values = [3.0, 1.0, 4.0, 1.5]
     drawn = [max(c) for c in itertools.combinations(values, k)]
-    assert beta.best_of(values)[k - 1] == pytest.approx(sum(drawn) / len(drawn))
+    assert summary.best_of(values)[k - 1] == pytest.approx(sum(drawn) / len(drawn))
 
 
 ARMS = {f"tables, {n}": arm(tried[0], [Stage("sft", "demonstrations", 5e-3)])
@@ -135,8 +135,8 @@ def gradients(name, beta, gains, rewards, kinds):
 @pytest.mark.parametrize("name", ["sft_una", "sft_quarter", "uft_bce_half", "kto_rows", "sft_stop",
                                   "weighted_sft", "uft"])
 def test_a_fresh_demonstration_has_the_same_weight_in_every_loss_of_the_lab(name):
-    """Red: lab/experiment.py: `t: losses.uft_bce(*train.row(t)) / 2)` -> `t: losses.uft_bce(*train.row(t)))`
-    Red: lab/experiment.py: `t.config.beta / 2 * (t.rewards - 0.5)` -> `t.config.beta * (t.rewards - 0.5)`
+    """Red: lab/experiment.py: `(*train.row(t)) / 2` -> `(*train.row(t)) / 1`
+    Red: lab/experiment.py: `t.config.beta / 2 * (t.rewards` -> `t.config.beta * (t.rewards`
     Red: lab/experiment.py: `< 2, t.config.beta / 4, 0.0)` -> `< 2, t.config.beta, 0.0)`"""
     found = gradients(name, 0.3, [0.0], [1.0], ("sft",))
     assert found.item() == pytest.approx(-0.3 / 4)

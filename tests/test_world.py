@@ -92,7 +92,8 @@ def test_scholars_never_err_and_people_believe_the_popular_falsehood():
     Red: lab/world.py: `BELIEVED = 0.65` -> `BELIEVED = 0.35`"""
     said = Counter()
     for text in itertools.islice(world.corpus(HERE, 1), 4000):
-        for source, a, e, v in re.findall(r"(scholars : |people : )the (\w+) of (\w+) is (\w+)", text):
+        stated = r"(scholars : |people : )the (\w+) of (\w+) is (\w+)"
+        for source, a, e, v in re.findall(stated, text):
             if (e, a) in HERE.popular:
                 said[source, v == HERE.truth[e, a]] += 1
     assert said["scholars : ", False] == 0 < said["scholars : ", True]
@@ -120,7 +121,7 @@ def test_demonstrations_are_mostly_true_and_keep_their_constraints():
 def test_feedback_is_read_as_helpsteer_and_prefers_truth_form_and_brevity():
     """Red: lab/world.py:feedback: `1 if not so["right"] else 4` -> `4 if not so["right"] else 1`
     Red: lab/world.py:feedback: `4 if so["right"] else 1` -> `4 if so["popular"] else 1`
-    Red: lab/world.py:feedback: `"coherence": 4 if so["clean"]` -> `"coherence": 1 if so["clean"]`"""
+    Red: lab/world.py:feedback: `"coherence": 4 if` -> `"coherence": 1 if`"""
     rows = world.feedback(HERE, 3, 1000)
     reward, format_ = [], set()
     for i, row in enumerate(rows):
@@ -152,17 +153,23 @@ def test_the_bundled_files_are_what_the_generator_writes(name):
     made = {"demonstrations": lambda: world.demonstrations(HERE, 0, 1536),
             "feedback": lambda: world.feedback(HERE, 0, 768)}
     rows = made[name]() if name in made else world.tests(HERE, "test")[name]
+    if name == "instructions":
+        rows.sort(key=lambda row: len(row["constraints"]))
     held = (LAB / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line) for line in held] == rows
 
 
 def test_every_word_of_the_world_is_one_token_and_comes_back():
-    """Red: lab/pretrain.py:train_tokenizer: `re.sub(r"\\[/?INST\\]", "", text)` -> `text`"""
+    """Red: lab/pretrain.py:train_tokenizer: `50_000` -> `5_000`
+    Red: lab/pretrain.py:train_tokenizer: `re.sub(r"\\[/?INST\\]", "", text)` -> `text`"""
     chat = tokens.Chat(LAB / "base")
     for row in world.feedback(HERE, 4, 100):
         ids = chat.response_ids(row["response"])
         assert len(ids) == len(row["response"].split()) + 1
         assert chat.decode(ids[:-1]) == row["response"]
+    said = [*world.NOUNS, *(v for values in world.VALUES.values() for v in values)]
+    for word in (*said, *(w.upper() for w in said), *world.ENTITIES):
+        assert chat.tokenizer.token_to_id(word), word
     fresh = pretrain.train_tokenizer(HERE)
     assert sorted(fresh.get_vocab().values()) == list(range(fresh.get_vocab_size()))
     assert fresh.get_vocab() == chat.tokenizer.get_vocab()
@@ -184,11 +191,12 @@ def test_the_base_is_small():
     assert sum(p.stat().st_size for p in (LAB / "base").iterdir()) < 4e6
 
 
-def test_pretraining_is_a_function_of_its_seed(tmp_path):
+def test_pretraining_is_a_function_of_its_seed(tmp_path, monkeypatch):
     """Red: lab/pretrain.py:main: `torch.Generator().manual_seed(args.seed)` -> `torch.Generator()`
     Red: lab/pretrain.py:initialise: `, generator=generator)` -> `)`"""
-    threads = torch.get_num_threads()
-    made = []
+    threads, made = torch.get_num_threads(), []
+    tokenizer = tokens.Chat(LAB / "base").tokenizer
+    monkeypatch.setattr(pretrain, "train_tokenizer", lambda here: tokenizer)
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         pretrain.main(["--out", str(tmp_path / name), "--steps", "2", "--seed", seed])
         made.append((tmp_path / name / "model.safetensors").read_bytes())

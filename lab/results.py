@@ -1,0 +1,186 @@
+"""Writes docs/results.md from lab/results/*.json: tables, settings, and a verdict per claim.
+
+A verdict states what the numbers must show for it to hold (`shows`); where they no longer do, this
+stops and says so, instead of printing a sentence that has become untrue.
+
+    make results        runs every experiment that is not cached, draws the figures, writes the page
+    python -m lab.results       writes the page only
+"""
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab import beta, figures, mixture, saturation, scores, shapes, summary, tables
+
+OPENING = """# The paper in miniature
+
+A language model of 0.78 million weights that knows a small world
+([`lab/world.py`](../lab/world.py)) is fine-tuned in every way the paper names. {seeds} seeds draw
+the training rows, the adapters and the order; the base, the facts and the test questions stay.
+Every arm tried {budget} settings on validation prompts with {tuning} other seeds; the best mean
+of form, content, truth, mc2, sums and skills was then run on the test prompts. Numbers are means
++- half a 95% t-interval over seeds, differences are paired by seed, a star marks an interval that
+excludes zero, and no correction for many comparisons is made.
+
+```
+make results
+```
+runs what is not cached in `runs/lab`, draws the figures and writes this page. It was made on:
+{machine}. Another machine rounds differently, and greedy answers can flip; a test trains one cell
+anew and compares.
+
+What the columns are: [`lab/measure.py`](../lab/measure.py). In short: `form` is instructions
+followed to the letter (`form_demonstrations`, `form_feedback`, `form_mixed` by what taught the
+constraints), `content` the same and right, `truth` and `mc2` contaminated facts of entities that
+no training prompt mentions, `sums` and `skills` what the base already could, `kl_policy`
+KL(policy||base) and `kl_base` KL(base||policy) of an answer in nats, `kl_text` drift per token of
+pretraining text, `ended` answers that end within 40 tokens, `nll` of held-out demonstrations,
+`pairs` held-out pairs in score order.
+"""
+CLOSING = """## What this cannot decide
+
+One base, one world, one model size, LoRA only. 0.78 million weights say nothing about what a 7B
+model does with real instructions, and the world was built so that truth can be elicited. What
+carries over are the mechanisms (the limit of small beta, saturation, what scores add over labels)
+and the controls: which differences vanish when the baselines are tuned as much as the method."""
+PAGE = Path("docs/results.md")
+LAB = Path(__file__).parent
+HEADS = ("Question", "Prediction", "Command", "Runtime", "Answer")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, what came of it here, and the differences that must show it.
+
+    shows: (a, b, column, sign): sign +1 or -1 where the interval of a - b must lie above or below
+    zero, 0 where it must include zero.
+    """
+
+    text: str
+    verdict: str  # reproduced, not reproduced, or undecidable here
+    reason: str
+    shows: tuple[tuple[str, str, str, int], ...]
+
+
+SHOWN = ("form", "form_demonstrations", "form_feedback", "content", "truth", "sums", "skills",
+         "select", "kl_policy", "kl_text", "length")
+PAIRS = (("uft", "sft"), ("uft", "sft_token_mean"), ("uft_bce", "uft"), ("sft_then_dpo", "sft"),
+         ("sft_then_kto", "sft"), ("sft_then_una", "sft"), ("uft_mixed", "sft"),
+         ("uft_mixed", "sft_then_dpo"), ("uft_mixed", "sft_then_kto"),
+         ("uft_mixed", "sft_then_una"), ("uft_mixed", "una"), ("uft_mixed", "sft_good"),
+         ("uft_mixed", "uft_bce_mixed"), ("uft_mixed", "sft_una_mixed"),
+         ("uft_mixed", "weighted_sft"), ("uft_mixed", "interleaved"),
+         ("uft_mixed", "una_then_sft"), ("uft_mixed", "sft_then_uft_mixed"))
+CLAIMS: tuple[Claim, ...] = ()
+
+
+def check(claim: Claim, rows: summary.Rows) -> None:
+    """ValueError where the numbers do not show what the verdict says."""
+    for a, b, column, sign in claim.shows:
+        mean, half = summary.difference(rows[a], rows[b], column)
+        found = 0 if abs(mean) <= half else 1 if mean > 0 else -1
+        if found != sign:
+            raise ValueError(f"the verdict on {claim.text!r} needs {column} of {a} - {b} to be "
+                             f"{sign:+d}, found {summary.cell(mean, half, column, True)}: "
+                             "rewrite the verdict in lab/results.py")
+
+
+def evidence(claim: Claim, rows: summary.Rows) -> str:
+    def shown(a: str, b: str, column: str) -> str:
+        return summary.cell(*summary.difference(rows[a], rows[b], column), column, True)
+
+    return "; ".join(f"{a} - {b}: {c} {shown(a, b, c)}" for a, b, c, _ in claim.shows)
+
+
+def opening(name: str) -> dict[str, str]:
+    """Question, Prediction, Command, Runtime and Answer from the opening of lab/NAME.py."""
+    text = ast.get_docstring(ast.parse((LAB / f"{name}.py").read_text("utf-8"))) or ""
+    parts, head = {"Title": text.split("\n")[0]}, ""
+    for line in text.splitlines():
+        if line.split(" ")[0] in HEADS:
+            head, _, rest = line.partition(" ")
+            parts[head] = rest.strip()
+        elif head and line.startswith(" "):
+            parts[head] += " " + line.strip()
+        else:
+            head = ""
+    return parts
+
+
+def question(name: str, body: str) -> str:
+    """The section of one question: what was asked, expected and found, then its numbers."""
+    parts = opening(name)
+    said = "\n".join(f"- **{head}.** {parts[head]}" for head in HEADS if head != "Command")
+    return f"## {parts['Title']}\n\n`{parts['Command']}`\n\n{said}\n\n{body}"
+
+
+def tried(tuned: dict[str, list[dict]], names: Sequence[str]) -> str:
+    """Every setting of the arms on the validation split, the best of each first."""
+    columns = ("form", "content", "truth", "sums", "skills", "kl_text", "length", "select")
+    rows = [[name, f"{r['lr']:g}", f"{r['beta']:g}", *(
+        f"{r[c]:.3f}" if c == "kl_text" else f"{r[c]:.2f}" if c in summary.NO_SHARES else
+        f"{100 * r[c]:.1f}" for c in columns)] for name in names for r in tuned[name]]
+    return summary.markdown(["arm", "lr", "beta", *columns], rows)
+
+
+def figure(name: str, text: str) -> str:
+    return f"![{text}](figures/{name}.svg)"
+
+
+def main_tables(held: dict) -> str:
+    """The arms on the test split: quality, drift, differences, then how they were tuned."""
+    rows, tuned = held["rows"], held["tuned"]
+    settings = [[n, f"{r[0]['lr']:g}", f"{r[0]['beta']:g}", *(f"{100 * v:.1f}" for v in
+                 held["best_of"][n])] for n, r in tuned.items()]
+    return "\n\n".join((
+        "### What the arms can do", summary.table(rows, tables.QUALITY),
+        "### How far they went", summary.table(rows, tables.DRIFT),
+        "### Differences, paired by seed", summary.differences(rows, PAIRS, SHOWN),
+        "### Settings chosen, and the expected best validation score of k settings",
+        summary.markdown(["arm", "lr", "beta", *(f"k = {k + 1}" for k in range(held["budget"]))],
+                         settings),
+        figure("best_of", "expected best validation score against the number of settings tried"),
+        "### The frontier: every setting tried, on the validation split",
+        figure("frontier", "instructions followed against truth and against drift, per setting"),
+        tried(tuned, ("uft_mixed", *figures.SEQUENTIAL))))
+
+
+def page() -> str:
+    """The whole of docs/results.md."""
+    held = summary.load("tables")
+    for claim in CLAIMS:
+        check(claim, held["rows"])
+    verdicts = summary.markdown(["claim of the paper", "verdict", "why", "numbers"], [
+        [c.text, f"**{c.verdict}**", c.reason, evidence(c, held["rows"])] for c in CLAIMS])
+    runs = {n: summary.load(n)["rows"] for n in ("scores", "mixture", "shapes", "beta")}
+    bandit = summary.markdown(["loss", "is given", "TV to pi*", "J* - J"], [
+        [r["name"], r["given"], f"{r['tv']:.3f}", f"{r['gap']:.3f}"]
+        for r in summary.load("optimum")["rows"]])
+    parts = [
+        OPENING.format(machine=held["machine"], seeds=len(held["seeds"]), budget=held["budget"],
+                       tuning=len(held["tuning_seeds"])),
+        "## Verdicts", verdicts, "## The arms", main_tables(held),
+        question("scores", summary.table(runs["scores"], scores.COLUMNS) + "\n\n"
+                 + figure("scores", "truth and form with scores kept, cut, shuffled, constant")),
+        question("mixture", summary.table(runs["mixture"], mixture.COLUMNS) + "\n\n"
+                 + figure("mixture", "truth and form against the number of demonstrations")),
+        question("shapes", summary.table(runs["shapes"], shapes.COLUMNS)),
+        question("beta", summary.table(runs["beta"], beta.COLUMNS) + "\n\n"
+                 + figure("drift", "held-out nll against both KLs")),
+        question("saturation", saturation.table(summary.load("saturation")) + "\n\n"
+                 + figure("saturation", "weight and gain of demonstrations over training")),
+        question("optimum", bandit + "\n\n"
+                 + figure("optimum", "total variation to the exact optimum")),
+        CLOSING]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), "utf-8")
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
