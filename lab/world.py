@@ -199,14 +199,13 @@ def skill(rng: random.Random, split: str) -> tuple[str, str]:
     """(line up to =>, its completion) of a split: text, not chat."""
     kind = rng.choice(("copy", "reverse", "sort", "count", "upper", "repeat", "sum", "sum"))
     items = rng.sample(NOUNS, rng.randrange(3, 7))
-    words = rng.sample([*NOUNS, *(v for values in VALUES.values() for v in values)], len(items))
     digits = [str(rng.randrange(10)) for _ in range(rng.randrange(3, 7))]
     times, terms = rng.randrange(2, 4), [rng.randrange(10) for _ in range(rng.randrange(2, 4))]
     line, done = {
         "copy": (["copy", ":", *items], items), "reverse": (["reverse", ":", *items], items[::-1]),
         "sort": (["sort", ":", *digits], sorted(digits)),
         "count": (["count", ":", *items], [str(len(items))]),
-        "upper": (["upper", ":", *words], [w.upper() for w in words]),
+        "upper": (["upper", ":", *items], [w.upper() for w in items]),
         "repeat": (["repeat", str(times), ":", *items[:2]], items[:2] * times),
         "sum": (" + ".join(map(str, terms)).split(), [str(sum(terms))])}[kind]
     line = " ".join(line) + " =>"
