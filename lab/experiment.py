@@ -186,7 +186,8 @@ def key(stages: Sequence[Stage], seed: int, split: str = "") -> str:
 def world_hash() -> str:
     """Of the base's weights and of the bundled files, which a test holds to the generator."""
     files = [BASE / "model.safetensors", *sorted((BASE.parent / "data").glob("*.jsonl"))]
-    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
+    lines = sorted(line for p in files for line in p.read_bytes().split(b"\n"))
+    return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
 
 
 def policy(stages: Sequence[Stage], seed: int) -> model.Transformer:

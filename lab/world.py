@@ -38,6 +38,8 @@ TAUGHT = {"demonstrations": ("capitals", "times", "word"), "feedback": ("start",
 PAIRS = [{"capitals", "times"}, {"capitals", "quotes"}, {"times", "end"}, {"times", "quotes"},
          {"start", "end"}, {"start", "quotes"}, {"times", "start"}]  # constraints that go together
 KINDS = (*TAUGHT["demonstrations"], *TAUGHT["feedback"])
+SHOWN = ("what is the color of kenor ? 2 times .",
+         "tell me kurit ' s pet . start with clock .")  # asked first: the demo prints these
 SENTENCE = r"[^.\"]+ \."
 
 
@@ -334,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     world = build(0)
     files = {"demonstrations": demonstrations(world, args.seed, args.rows),
              "feedback": feedback(world, args.seed, args.rows // 2)} | tests(world, "test")
-    files["instructions"].sort(key=lambda row: len(row["constraints"]))  # the simple ones first
+    files["instructions"].sort(key=lambda row: row["prompt"] not in SHOWN)
     write(args.out, files)
     print(f"{args.out}: " + ", ".join(f"{len(rows)} {name}" for name, rows in files.items()))
 
