@@ -1,9 +1,10 @@
 """One run of the small world: an arm is a list of stages, a run is an arm with a seed, measured.
 
-Everything is trained by train.train_step on files read by data.py; the lab adds only losses that
-the paper does not have (OWN). A later stage starts from the merged weights of the one before, which
-are its reference. Runs are cached in runs/lab by their settings, so that what was interrupted goes
-on and what two tables share is run once.
+Everything but `sft_kl` is trained by train.train_step, on rows read by data.py; the lab adds only
+losses that the paper does not have (OWN). A later stage starts from the merged weights of the one
+before, which are its reference; every stage of a seed draws the same adapters at the start. Runs
+are cached in runs/lab by their settings, so that what was interrupted goes on and what two tables
+share is run once.
 """
 import functools
 import hashlib
@@ -15,7 +16,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,10 +30,10 @@ import model
 import tokens
 import train
 from lab import world
-from lab.measure import BASE, LENGTH, TESTS, encoded, measure
+from lab.measure import BASE, LENGTH, encoded, measure
 
-CACHE = Path("runs/lab")
-VERSION = 1  # raise it when a change makes cached runs untrue
+CACHE = BASE.parent.parent / "runs/lab"
+VERSION = 1  # raise it when a change of code, here or in what is imported, makes cached runs untrue
 BATCH = 32
 
 
@@ -47,7 +47,7 @@ class Stage:
     beta: float = 0.1
     steps: int = 0  # 0: one pass
     sizes: tuple[int, int] = (1536, 1536)  # demonstrations, scored answers
-    scores: str = "given"  # given, binary, shuffled (within a prompt), constant (their mean)
+    scores: str = "given"  # or binary, shuffled (within a prompt), constant, centred
     batch: int = BATCH
     alternate: bool = False  # a step of demonstrations, then one of feedback
     clip: float = 1.0  # the largest norm of a gradient
@@ -71,28 +71,27 @@ OWN = {
     # SFT, BCE and KTO at the same first gradient as Eq. 7
     "sft_quarter": row_loss(lambda t: t.config.beta / 4 * losses.sft(t.logps)),
     "uft_bce_half": row_loss(lambda t: losses.uft_bce(*train.row(t)) / 2),
-    "kto_rows": row_loss(lambda t: losses.kto(
+    "kto_rows": row_loss(lambda t: losses.kto(  # z0 = 0
         t.logps, t.ref_logps, t.rewards > 0.5, torch.zeros(()), t.config.beta)),
     # SFT that stops, row by row, at a gain of 2/beta nats, where Eq. 7 has faded to a tenth
     "sft_stop": row_loss(lambda t: torch.where(
         t.config.beta * (t.logps - t.ref_logps) < 2, t.config.beta / 4, 0.0) * losses.sft(t.logps)),
-    # scores measured from their mean of the batch instead of from 1/2
-    "uft_shift": row_loss(lambda t: losses.uft(
-        t.logps, t.ref_logps, torch.where(is_demonstration(t), t.rewards, (
-            t.rewards - t.rewards[~is_demonstration(t)].mean().nan_to_num(0.5) + 0.5)),
-        t.config.beta)),
 }
 
 
 # Data
 
 def rescored(rows: list[tokens.Encoded], scores: str, seed: int) -> list[tokens.Encoded]:
-    """Scored rows with their scores kept, cut at 1/2, swapped within a prompt, or all the mean."""
+    """Scored rows with their scores kept, cut at 1/2, swapped within a prompt, all the mean, or
+    moved so that their mean is 1/2."""
     rewards = [e.reward for e in rows]
+    mean = sum(rewards) / max(1, len(rewards))
     if scores == "binary":
         rewards = [float(r > 0.5) for r in rewards]
     if scores == "constant":
-        rewards = [sum(rewards) / len(rewards)] * len(rewards)
+        rewards = [mean] * len(rewards)
+    if scores == "centred":
+        rewards = [r - mean + 0.5 for r in rewards]
     if scores == "shuffled":
         flip = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)) < 0.5
         rewards = [rows[i ^ 1].reward if flip[i // 2] else r for i, r in enumerate(rewards)]
@@ -108,6 +107,10 @@ def units(stage: Stage, seed: int) -> list[tuple]:
         given = [replace(e, kind="chosen", reward=1.0) for e in given if e.reward >= 0.75]
     reads = "rows" if stage.loss == "sft_kl" else (OWN | train.LOSSES)[stage.loss].reads
     return data.units(taught + rescored(given, stage.scores, seed), reads)[0]
+
+
+def count_steps(stage: Stage, given: list[tuple]) -> int:
+    return stage.steps or math.ceil(len(given) / stage.batch)
 
 
 # Training
@@ -133,7 +136,8 @@ def halves(given: list[tuple]) -> list[list[tuple]]:
 
 def penalised_step(net: model.Transformer, optimizer: torch.optim.Optimizer, group: list,
                    wanted: config.Config, rate: float) -> None:
-    """beta/4 (SFT + KL(policy||reference)), the KL exact at the positions of the responses."""
+    """beta/4 (SFT + KL(policy||reference)), the KL exact over the next token, summed along each
+    demonstration (not along samples). One batch, no clipping."""
     batch = tokens.collate([e for u in group for e in u])
     mask_BT, target_BT = batch.response_mask[:, 1:], batch.ids[:, 1:]
     with torch.no_grad(), lora.disabled(net):
@@ -152,11 +156,11 @@ def fit(net: model.Transformer, stage: Stage, seed: int,
         watch: Callable[[int, model.Transformer], None] | None = None) -> None:
     """Trains fresh adapters on `net` and merges them; watch(step, net) is called after each step.
 
-    Diverging is a result: training stops there.
+    FloatingPointError where loss or gradient is not finite.
     """
     train.LOSSES.update(OWN)
     given, wanted = units(stage, seed), settings(stage, seed)
-    steps = stage.steps or math.ceil(len(given) / stage.batch)
+    steps = count_steps(stage, given)
     lora.inject(net, 16, 16, generator=torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad],
                                   lr=stage.lr, weight_decay=0.0)
@@ -164,11 +168,8 @@ def fit(net: model.Transformer, stage: Stage, seed: int,
                (halves(given) if stage.alternate else [given])]
     for step in range(steps):
         rate = train.learning_rate(step, steps, wanted)
-        try:
-            update = penalised_step if stage.loss == "sft_kl" else train.train_step
-            update(net, optimizer, next(batches[step % len(batches)]), wanted, rate)
-        except FloatingPointError:
-            break
+        update = penalised_step if stage.loss == "sft_kl" else train.train_step
+        update(net, optimizer, next(batches[step % len(batches)]), wanted, rate)
         if watch:
             watch(step, net)
     lora.merge(net)
@@ -184,10 +185,12 @@ def key(stages: Sequence[Stage], seed: int, split: str = "") -> str:
 
 @functools.cache
 def world_hash() -> str:
-    """Of the base's weights and of the bundled files, which a test holds to the generator."""
-    files = [BASE / "model.safetensors", *sorted((BASE.parent / "data").glob("*.jsonl"))]
-    lines = sorted(line for p in files for line in p.read_bytes().split(b"\n"))
-    return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
+    """Of the base's folder and of what the generator gives: training rows and tests."""
+    here = world.build(0)
+    made = [world.demonstrations(here, 0, 100), world.feedback(here, 0, 100),
+            *(world.tests(here, split) for split in ("validation", "test"))]
+    parts = [p.read_bytes() for p in sorted(BASE.iterdir())] + [json.dumps(made).encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def policy(stages: Sequence[Stage], seed: int) -> model.Transformer:
@@ -223,14 +226,17 @@ def run(stages: Sequence[Stage], seed: int, split: str) -> dict[str, float]:
 
 def run_all(jobs: Sequence[tuple], workers: int, label: str) -> list[dict[str, float]]:
     """`run` of every (stages, seed, split), in order, on several processes, with a progress bar."""
-    for split in {split for _, _, split in jobs}:
-        world.write(TESTS / split, world.tests(world.build(0), split))
+    CACHE.mkdir(parents=True, exist_ok=True)
     once, found = {repr(job): job for job in jobs}, {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         waiting = {pool.submit(run, *job): name for name, job in once.items()}
-        for done in tqdm(as_completed(waiting), total=len(once), desc=label, unit="run"):
-            found[waiting[done]] = done.result()
+        try:
+            for done in tqdm(as_completed(waiting), total=len(once), desc=label, unit="run"):
+                found[waiting[done]] = done.result()
+        except BaseException:  # Ctrl-C too: finish the two runs at hand, start no other
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [found[repr(job)] for job in jobs]
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from lab import summary, tables
 
-OUT = Path("docs/figures")
+OUT = Path(__file__).parent.parent / "docs/figures"
 INK = "#808080"  # text and axes: dark enough for white, light enough for black
 COLORS = ("#3b82f6", "#f97316", "#22a06b", "#a855f7", "#e0566f", "#b58900", "#14a3b8", "#888888")
 SEQUENTIAL = ("sft_then_dpo", "sft_then_kto", "sft_then_una", "una_then_sft", "sft_then_uft_mixed")
@@ -45,7 +45,7 @@ def frontier(axes: list[Axes]) -> None:
 
 
 def best_of(axes: list[Axes]) -> None:
-    """Expected best validation score of k settings: what the size of a grid is worth."""
+    """Expected best validation score of k settings; optimistic, as any maximum of noisy means."""
     held = summary.load("tables")["best_of"]
     names = ("sft", "uft", "sft_then_una", "sft_then_dpo", "uft_mixed", "weighted_sft",
              "sft_una_mixed")
@@ -133,7 +133,7 @@ def main() -> None:
                 ("mixture", 8, 2, mixture), ("saturation", 8, 2, saturation),
                 ("scores", 8, 2, scores), ("optimum", 6.5, 1, optimum)):
             save(name, width, panels, draw)
-            print(OUT / f"{name}.svg")
+            print(f"docs/figures/{name}.svg")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@
     kl_text    KL(base||policy) per token of held-out pretraining text
     length     tokens of a sampled answer, its end included; ended: share that end within ANSWER
     nll        of held-out demonstrations, in nats a row; pairs: held-out pairs in score order
-Both KLs are exact over the next token, along answers sampled from their first policy. Shares are
-between 0 and 1. Answers are greedy unless said to be sampled.
+Both KLs are exact over the next token, along answers sampled from their first policy, one to each
+of SAMPLES prompts, cut at ANSWER tokens. Shares are between 0 and 1. Answers are greedy unless said
+to be sampled.
 """
 import functools
 import re
@@ -30,8 +31,7 @@ import tokens
 from lab import pretrain, world
 
 BASE = Path(__file__).parent / "base"
-TESTS = Path("runs/lab/tests")
-LENGTH, ANSWER = 96, 40  # tokens of a row, of an answer
+LENGTH, ANSWER, SAMPLES = 96, 40, 120  # tokens of a row, of an answer; prompts sampled from
 SELECT = ("form", "content", "truth", "mc2", "sums", "skills")  # their mean chooses settings
 
 
@@ -53,8 +53,8 @@ def encoded(rows: Iterable[dict]) -> list[tokens.Encoded]:
 
 @functools.cache
 def asked(split: str, name: str) -> list[questions.Question]:
-    """The questions of one test, from the file that experiment.run_all wrote."""
-    return questions.read(TESTS / split / f"{name}.jsonl")
+    """The questions of one test."""
+    return [questions.parse(row) for row in world.tests(world.build(0), split)[name]]
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def text() -> list[tokens.Encoded]:
 def sampled(net: model.Transformer, split: str) -> tuple[list[tokens.Encoded], float, float]:
     """(sampled answers as rows, their mean length, share that end within ANSWER tokens)."""
     generator, stop = torch.Generator().manual_seed(0), chat().stop_ids
-    given = [chat().prompt_ids(q.prompt) for q in asked(split, "instructions")[:120]]
+    given = [chat().prompt_ids(q.prompt) for q in asked(split, "instructions")[:SAMPLES]]
     said = generate.sample(net, given, ANSWER, stop, 1.0, 1.0, generator)
     rows = [tokens.Encoded(p + s, len(p), 1.0, "sft", "", ())
             for p, s in zip(given, said, strict=True)]
@@ -116,7 +116,7 @@ def pair_accuracy(net: model.Transformer, split: str) -> float:
 
 
 def instruction_scores(net: model.Transformer, split: str) -> dict[str, float]:
-    """form, form by what taught the constraints, content, greedy length in words."""
+    """form, form by what taught the constraints, content."""
     scores, said = questions.ask(net, chat(), asked(split, "instructions"), ANSWER)
     rows, kept = world.instruction_tests(world.build(0), split, 240), scores["correct"]
     taught = [next((name for name, kinds in world.TAUGHT.items()
@@ -131,11 +131,12 @@ def instruction_scores(net: model.Transformer, split: str) -> dict[str, float]:
 def measure(net: model.Transformer, split: str) -> dict[str, float]:
     """Every number of a policy on a split; the file's opening says what each is."""
     out = instruction_scores(net, split)
-    for name in ("truth", "truth_choices", "sums", "skills", "facts"):
+    for name in ("truth", "sums", "skills", "facts"):
         how = chat("plain" if name in ("skills", "facts") else "checkpoint")
-        scores, _ = questions.ask(net, how, asked(split, name), 12)
-        key = "mc2" if name == "truth_choices" else "correct"
-        out["mc2" if key == "mc2" else name] = sum(scores[key]) / len(scores[key])
+        found = questions.ask(net, how, asked(split, name), 12)[0]["correct"]
+        out[name] = sum(found) / len(found)
+    found = questions.ask(net, chat(), asked(split, "truth_choices"))[0]["mc2"]
+    out["mc2"] = sum(found) / len(found)
     rows, out["length"], out["ended"] = sampled(net, split)
     out["kl_policy"] = next_token_kl(net, base(), rows).mean().item()
     out["kl_base"] = next_token_kl(base(), net, base_sampled(split)).mean().item()

@@ -1,19 +1,20 @@
-"""Question: which losses reach pi*, the policy that RLHF defines?   UFT Eq. 3
+"""Which losses reach pi*, the policy that RLHF defines?   UFT Eq. 3
 
     pi* = pi_ref exp(r / beta) / Z     maximises J(pi) = E_pi[r] - beta KL(pi || pi_ref)
 
-Prediction: where Z is not 1 only a loss that cannot feel a constant added to r reaches pi*: pairs
-(DPO), a learned V (DRO), or the reward itself fitted to samples of the policy, where E_pi[grad
-log pi] = 0 removes the constant. A squashed score, foreign data or pi_old for pi_ref does not.
-Command: python -m lab.optimum
-Runtime: 4 s on one core
-Answer: as predicted. Three of twelve reach pi* (TV 0): reward MSE on the policy's own samples, DPO,
-DRO. Z = .417 costs BCE on-policy a TV of .022, UFT on-policy .073, the same on uniform data .27 and
-.31, IPO .37, reward MSE on data of pi_ref .39; KTO keeps two answers (.44), the authors' online
-loss one, the best (.76). With Z = 1 UFT and BCE reach pi* on uniform data too. Sizes and order hold
-for these constants: notes on another (Z = .414, constants unknown) have the same order but for
-the last two, KTO .678 after the authors' .579, which this KTO (soft labels, z0 = KL) did not give.
-All start at pi_ref: from elsewhere UFT on uniform data may end in a second minimum (TV .372).
+Question    Trained with exact expectations on one prompt, where does each loss end?
+Prediction  Where Z is not 1 only a loss that cannot feel a constant added to r reaches pi*: pairs
+            (DPO), a learned V (DRO), or the reward itself fitted to samples of the policy, where
+            E_pi[grad log pi] = 0 removes the constant. A squashed score, foreign data or pi_old
+            for pi_ref does not. (Written knowing a table of another bandit: not blind.)
+Command     python -m lab.optimum
+Runtime     4 s on one core
+Answer      As predicted: three of twelve reach pi*, reward MSE on the policy's own samples, DPO and
+            DRO. Z = .417 costs BCE on-policy a TV of .022, UFT on-policy .073, the same on uniform
+            data .27 and .31, IPO .37, reward MSE on data of pi_ref .39; KTO keeps two answers
+            (.44), the authors' online loss one, the best (.76). With Z = 1 UFT and BCE reach pi* on
+            uniform data too. Sizes and order hold for these constants. All start at pi_ref: from
+            elsewhere UFT on uniform data may end in a second minimum (TV .372).
 
 A bandit: one prompt, K = 5 answers, a softmax policy, float64, no sampling. x: the K logits, and
 behind them DRO's V. The data are pi itself, all answers alike (uniform) or pi_ref. Where pi gives

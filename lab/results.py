@@ -44,8 +44,11 @@ One base, one world, one model size, LoRA only. 0.78 million weights say nothing
 model does with real instructions, and the world was built so that truth can be elicited. What
 carries over are the mechanisms (the limit of small beta, saturation, what scores add over labels)
 and the controls: which differences vanish when the baselines are tuned as much as the method."""
-PAGE = Path("docs/results.md")
 LAB = Path(__file__).parent
+PAGE = LAB.parent / "docs/results.md"
+EDGE = """`edge`: the winner has the largest or the smallest learning rate tried. `steps`: of every
+stage. The expected best is optimistic, as any maximum of noisy means."""
+MARGIN = 0.03  # of a share: what counts as the same
 HEADS = ("Question", "Prediction", "Command", "Runtime", "Answer")
 
 
@@ -54,16 +57,17 @@ class Claim:
     """A claim of the paper, what came of it here, and the differences that must show it.
 
     shows: (a, b, column, sign): sign +1 or -1 where the interval of a - b must lie above or below
-    zero, 0 where it must include zero.
+    zero; "same" where all of it must lie within MARGIN of zero; "open" where it includes zero and
+    reaches further, so that nothing can be said.
     """
 
     text: str
     verdict: str  # reproduced, not reproduced, or undecidable here
     reason: str
-    shows: tuple[tuple[str, str, str, int], ...]
+    shows: tuple[tuple[str, str, str, int | str], ...]
 
 
-SHOWN = ("form", "form_demonstrations", "form_feedback", "content", "truth", "sums", "skills",
+COLUMNS = ("form", "form_demonstrations", "form_feedback", "content", "truth", "sums", "skills",
          "select", "kl_policy", "kl_text", "length")
 PAIRS = (("uft", "sft"), ("uft", "sft_token_mean"), ("uft_bce", "uft"), ("sft_then_dpo", "sft"),
          ("sft_then_kto", "sft"), ("sft_then_una", "sft"), ("uft_mixed", "sft"),
@@ -77,12 +81,13 @@ CLAIMS: tuple[Claim, ...] = ()
 
 def check(claim: Claim, rows: summary.Rows) -> None:
     """ValueError where the numbers do not show what the verdict says."""
-    for a, b, column, sign in claim.shows:
+    for a, b, column, wanted in claim.shows:
         mean, half = summary.difference(rows[a], rows[b], column)
-        found = 0 if abs(mean) <= half else 1 if mean > 0 else -1
-        if found != sign:
+        found = {1 if mean > 0 else -1} if abs(mean) > half else {"open"}
+        found |= {"same"} if abs(mean) + half <= MARGIN else set()
+        if wanted not in found or (wanted == "open" and "same" in found):
             raise ValueError(f"the verdict on {claim.text!r} needs {column} of {a} - {b} to be "
-                             f"{sign:+d}, found {summary.cell(mean, half, column, True)}: "
+                             f"{wanted}, found {summary.cell(mean, half, column, True)}: "
                              "rewrite the verdict in lab/results.py")
 
 
@@ -128,18 +133,25 @@ def figure(name: str, text: str) -> str:
     return f"![{text}](figures/{name}.svg)"
 
 
+def edge(rows: list[dict]) -> bool:
+    """Whether the best of the settings (the first) has an extreme learning rate."""
+    rates = [r["lr"] for r in rows]
+    return rates[0] in (min(rates), max(rates))
+
+
 def main_tables(held: dict) -> str:
     """The arms on the test split: quality, drift, differences, then how they were tuned."""
     rows, tuned = held["rows"], held["tuned"]
-    settings = [[n, f"{r[0]['lr']:g}", f"{r[0]['beta']:g}", *(f"{100 * v:.1f}" for v in
-                 held["best_of"][n])] for n, r in tuned.items()]
+    settings = [[n, f"{r[0]['lr']:g}", f"{r[0]['beta']:g}", "yes" if edge(r) else "",
+                 held["steps"][n], *(f"{100 * v:.1f}" for v in held["best_of"][n])]
+                for n, r in tuned.items()]
     return "\n\n".join((
         "### What the arms can do", summary.table(rows, tables.QUALITY),
         "### How far they went", summary.table(rows, tables.DRIFT),
-        "### Differences, paired by seed", summary.differences(rows, PAIRS, SHOWN),
+        "### Differences, paired by seed", summary.differences(rows, PAIRS, COLUMNS),
         "### Settings chosen, and the expected best validation score of k settings",
-        summary.markdown(["arm", "lr", "beta", *(f"k = {k + 1}" for k in range(held["budget"]))],
-                         settings),
+        EDGE, summary.markdown(["arm", "lr", "beta", "edge", "steps", *(
+            f"k = {k + 1}" for k in range(held["budget"]))], settings),
         figure("best_of", "expected best validation score against the number of settings tried"),
         "### The frontier: every setting tried, on the validation split",
         figure("frontier", "instructions followed against truth and against drift, per setting"),
@@ -179,7 +191,7 @@ def page() -> str:
 def main() -> None:
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(), "utf-8")
-    print(PAGE)
+    print("docs/results.md")
 
 
 if __name__ == "__main__":

@@ -9,19 +9,18 @@ Answer      ANSWER
 
 One learning rate, one beta, the same rows in the same order, eight seeds: only the scores differ.
 "shuffled" swaps the two scores of a prompt in half of the pairs; "constant" gives every answer the
-mean score; "shift" measures scores from the mean of their batch instead of from 1/2.
+mean score; "centred" moves all scores so that their mean is 1/2, the neutral point of Eq. 7.
 """
 from lab import experiment, summary
 from lab.experiment import Stage
 
 SEEDS = range(1, 9)
-KINDS = ("given", "binary", "shuffled", "constant")
+KINDS = ("given", "binary", "shuffled", "constant", "centred")
 COLUMNS = ("form_feedback", "form", "content", "truth", "mc2", "pairs", "kl_policy", "length")
 
 
 def arms() -> dict[str, list[Stage]]:
     out = {f"feedback, {k}": [Stage("uft", "feedback", 5e-3, 0.1, scores=k)] for k in KINDS}
-    out["feedback, shift"] = [Stage("uft_shift", "feedback", 5e-3, 0.1)]
     out["feedback, pairs (dpo)"] = [Stage("dpo", "feedback", 5e-3, 0.1, batch=16)]
     return out | {f"mixture, {k}": [Stage("uft", "both", 5e-3, 0.1, scores=k)] for k in KINDS}
 

@@ -8,9 +8,11 @@ Command     python -m lab.shapes
 Runtime     RUNTIME
 Answer      ANSWER
 
-256 demonstrations of which 15% are bad, seen up to 24 times, one learning rate, five seeds; beta is
-.3, so that rows can saturate (2/beta = 6.7 nats). "sft, 8 passes" is SFT stopped early. Every loss
-is scaled so that its first gradient is beta/4 of SFT's.
+256 demonstrations, about 14% of them bad, seen 24 times, one learning rate, five seeds; beta is .3,
+so that rows can saturate (2/beta = 6.7 nats). "sft_quarter" is SFT, "sft_quarter, 8 passes" a
+shorter run with its own schedule. "sft_kl" adds KL(policy||base) of weight 1, exact over the next
+token along the demonstrations; "sft_stop" drops a row that has gained 2/beta; "kto_rows" is KTO
+with z0 = 0. Every loss is scaled so that its first gradient is beta/4 of SFT's.
 """
 from lab import experiment, summary
 from lab.experiment import Stage

@@ -7,8 +7,10 @@ Command     python -m lab.tables            (--quick: two settings, two seeds, a
 Runtime     about half an hour on two cores; --quick three minutes
 
 Each arm tries BUDGET settings on the validation split with the seeds TUNING and the best mean of
-six scores (measure.SELECT) goes to the test split with the seeds SEEDS. The budget is checked
-before anything runs. A sequential arm's first stage is SFT at the setting that SFT itself won with.
+six scores (measure.SELECT) goes to the test split with the seeds SEEDS; the budget is checked
+before anything runs. Sequential arms tune their stage of feedback; their SFT stage has the setting
+that SFT itself won with. All rows are read once a stage. KTO's labels are score > 1/2. Gradients
+are clipped at 1, as in train.py, which only the SFT sums reach (norms of 1 to 3).
 """
 import argparse
 from collections.abc import Callable, Sequence
@@ -16,10 +18,10 @@ from collections.abc import Callable, Sequence
 from lab import experiment, summary
 from lab.experiment import Stage
 
-BUDGET = 6
+BUDGET = 8
 TUNING, SEEDS = (101, 102), tuple(range(1, 9))
 QUICK = ("sft", "uft", "sft_then_una", "uft_mixed")
-LRS = (1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2)
+LRS = (1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2, 1.5e-2, 2e-2)
 Setting = tuple[float, float]  # learning rate, beta
 
 
@@ -38,8 +40,8 @@ def after_sft(loss: str, rows: str, batch: int = 32) -> Callable:
 
 
 RATES = grid(LRS, (0.1,))  # for losses that know no beta, or whose beta only scales them
-USUAL = grid((3e-3, 5e-3, 1e-2), (0.05, 0.2))
-GENTLE = grid((1e-3, 2e-3, 5e-3), (0.1, 0.4))
+USUAL = grid((3e-3, 5e-3, 1e-2, 2e-2), (0.05, 0.2))
+GENTLE = [*grid((2e-3, 5e-3, 1e-2), (0.1, 0.4)), (5e-3, 1.0), (1e-2, 1.0)]
 ARMS: dict[str, tuple[Callable, list[Setting]]] = {  # sft first: others start from its winner
     "sft": (one("sft", "demonstrations"), RATES),
     "sft_token_mean": (one("sft_token_mean", "demonstrations"), RATES),
@@ -72,7 +74,7 @@ def tune(arms: dict, seeds: Sequence[int], settings: int, workers: int) -> dict[
     out: dict[str, list[dict]] = {}
     for names in (["sft"], [n for n in arms if n != "sft"]):
         sft = arms["sft"][0](best(out["sft"]), []) if out else []
-        tried = [(n, s) for n in names for s in arms[n][1][:settings]]
+        tried = [(n, s) for n in names for s in arms[n][1][::BUDGET // settings]]
         jobs = [(arms[n][0](s, sft), seed, "validation") for n, s in tried for seed in seeds]
         found = experiment.run_all(jobs, workers, "tuning")
         for i, (name, setting) in enumerate(tried):
@@ -100,6 +102,13 @@ def test(arms: dict, tuned: dict, seeds: Sequence[int], workers: int) -> dict[st
     return {"base": [base]} | experiment.run_arms(tried, seeds, "test", workers, "test")
 
 
+def steps(arms: dict, tuned: dict) -> dict[str, str]:
+    """The steps of every stage of an arm, as `48 + 96`."""
+    sft = arms["sft"][0](best(tuned["sft"]), [])
+    return {n: " + ".join(str(experiment.count_steps(stage, experiment.units(stage, 1)))
+                          for stage in arms[n][0](best(tuned[n]), sft)) for n in arms}
+
+
 QUALITY = ("form", "form_demonstrations", "form_feedback", "form_mixed", "content", "truth", "mc2",
            "sums", "skills", "select")
 DRIFT = ("kl_policy", "kl_base", "kl_text", "length", "ended", "nll", "pairs")
@@ -117,9 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = test(arms, tuned, seeds, args.workers)
     print(summary.table(rows, QUALITY) + "\n\n" + summary.table(rows, DRIFT))
     if not args.quick:
-        best_of = {n: summary.best_of([s["select"] for s in r]) for n, r in tuned.items()}
+        scores = {n: [s["select"] for s in r] for n, r in tuned.items()}
         value = {"machine": summary.machine(), "seeds": seeds, "tuning_seeds": tuning,
-                 "budget": BUDGET, "tuned": tuned, "best_of": best_of, "rows": rows}
+                 "budget": BUDGET, "tuned": tuned, "steps": steps(arms, tuned), "rows": rows,
+                 "best_of": {n: summary.best_of(values) for n, values in scores.items()}}
         print(f"\nwritten: {summary.save('tables', value)}; make results draws the figures")
 
 

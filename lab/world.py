@@ -5,7 +5,7 @@ state the truth, people mostly the falsehood, so a pretrained model knows both a
 popular one. Instructions ask for a fact, a sum or a list under constraints that a program can check
 (in capitals, 2 times, start with W, ...). Demonstrations follow the constraints and are mostly
 true; feedback scores several answers to a prompt. The two cover different constraints, and the
-tests ask about entities and lists that no training prompt mentions.
+tests ask about entities that no training prompt names, in prompts that are none of training.
 
 Text is words with blanks between them. Everything is a function of a seed, and the files are those
 of the real data sets: conversations, HelpSteer2's attributes, TruthfulQA's choices.
@@ -33,13 +33,13 @@ ENTITIES = [a + b for a in "ba be bi bo bu da de di do du ka ke ki ko ku ma me m
             for b in "lan nor rit sel vum".split()]
 CONTAMINATED = 0.5  # share of the facts with a popular falsehood
 BELIEVED = 0.65  # how often people state the falsehood
-SPLITS = {"train": 60, "validation": 20, "test": 20}  # entities, and hundredths of other prompts
+SPLITS = {"train": 60, "validation": 80, "test": 100}  # where each ends, in hundredths
 TAUGHT = {"demonstrations": ("capitals", "times", "word"), "feedback": ("start", "end", "quotes")}
 PAIRS = [{"capitals", "times"}, {"capitals", "quotes"}, {"times", "end"}, {"times", "quotes"},
          {"start", "end"}, {"start", "quotes"}, {"times", "start"}]  # constraints that go together
 KINDS = (*TAUGHT["demonstrations"], *TAUGHT["feedback"])
 SHOWN = ("what is the color of kenor ? 2 times .",
-         "tell me kurit ' s pet . start with clock .")  # asked first: the demo prints these
+         "tell me kurit ' s pet . start with clock .")  # asked first, and so printed by the demo
 SENTENCE = r"[^.\"]+ \."
 
 
@@ -71,15 +71,15 @@ def build(seed: int) -> World:
         truth[key], other = rng.sample(VALUES[key[1]], 2)
         if rng.random() < CONTAMINATED:
             popular[key] = other
-    ends = [0, 60, 80, 100]
-    entities = {s: names[ends[i]:ends[i + 1]] for i, s in enumerate(SPLITS)}
+    starts = (0, *SPLITS.values())
+    entities = {s: names[a:b] for (s, b), a in zip(SPLITS.items(), starts, strict=False)}
     return World(truth, popular, entities)
 
 
 def split_of(prompt: str) -> str:
     """The split of a prompt that names no entity, by hash: none is in two splits."""
     place = zlib.crc32(prompt.encode()) % 100
-    return "train" if place < 60 else "validation" if place < 80 else "test"
+    return next(split for split, end in SPLITS.items() if place < end)
 
 
 # Questions
@@ -119,7 +119,7 @@ def ask_skill(rng: random.Random, split: str) -> tuple:
 
 def ask(world: World, rng: random.Random, split: str, kinds: Sequence[str], counts: Sequence[int],
         facts: float = 0.5) -> Ask:
-    """A question with one of `counts` constraints of the given kinds."""
+    """A question with up to one of `counts` constraints of the given kinds: not all combine."""
     question = ask_fact(world, rng, split) if rng.random() < facts else ask_skill(rng, split)
     prompt, right, wrong, fact = question
     usable = [k for k in kinds if k != "word" or right.startswith("it is")]
@@ -233,7 +233,7 @@ def corpus(world: World, seed: int) -> Iterator[str]:
 def demonstrations(world: World, seed: int, count: int, split: str = "train") -> list[dict]:
     """Conversations whose answers keep the constraints; contaminated facts are true in 60%.
 
-    15% are bad: a constraint ignored, a wrong value, or rambling.
+    But for a fault in 15% of them: a wrong value, a constraint ignored (if there is one), rambling.
     """
     rng, out = random.Random(f"demonstrations {split} {seed}"), []
     for _ in range(count):
@@ -248,7 +248,7 @@ def demonstrations(world: World, seed: int, count: int, split: str = "train") ->
 
 
 def feedback(world: World, seed: int, prompts: int, split: str = "train") -> list[dict]:
-    """Two answers to each prompt with HelpSteer2's attributes 0-4, each off by one in 20%.
+    """Two answers to each prompt with HelpSteer2's attributes, each off by one in 20%, within 0-4.
 
     correctness is 4 for the truth, 1 for the popular falsehood; helpfulness 4, 2 where a constraint
     is broken, 1 where the content is wrong; coherence 4, 1 for rambling.
@@ -320,6 +320,22 @@ def tests(world: World, split: str) -> dict[str, list[dict]]:
             "truth_choices": choices, "sums": sums, "skills": skills, "facts": facts}
 
 
+def one_a_fact(rows: list[dict]) -> list[dict]:
+    """The first question about each fact: three about one are not three independent ones."""
+    names, kept = {*ENTITIES, *VALUES}, {}
+    for row in rows:
+        kept.setdefault(frozenset(row.get("prompt", row.get("question")).split()) & names, row)
+    return list(kept.values())
+
+
+def bundle(world: World, seed: int, rows: int) -> dict[str, list[dict]]:
+    """The files of lab/data: what the demo trains on, and the questions of the test split."""
+    files = {"demonstrations": demonstrations(world, seed, rows),
+             "feedback": feedback(world, seed, rows // 2)} | tests(world, "test")
+    files["instructions"].sort(key=lambda row: row["prompt"] not in SHOWN)
+    return files | {name: one_a_fact(files[name]) for name in ("truth", "truth_choices")}
+
+
 def write(folder: Path, files: dict[str, list[dict]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
@@ -333,10 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=1536, help="demonstrations, and scored answers")
     parser.add_argument("--out", type=Path, default=Path("lab/data"))
     args = parser.parse_args(argv)
-    world = build(0)
-    files = {"demonstrations": demonstrations(world, args.seed, args.rows),
-             "feedback": feedback(world, args.seed, args.rows // 2)} | tests(world, "test")
-    files["instructions"].sort(key=lambda row: row["prompt"] not in SHOWN)
+    files = bundle(build(0), args.seed, args.rows)
     write(args.out, files)
     print(f"{args.out}: " + ", ".join(f"{len(rows)} {name}" for name, rows in files.items()))
 

@@ -35,21 +35,17 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def written(tmp_path_factory):
-    """The tests of the world where lab.measure looks for them, and nothing of the user's."""
-    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("lab")
-    patch.setattr(experiment, "CACHE", folder)
-    patch.setattr(experiment, "TESTS", folder / "tests")
-    patch.setattr(measure, "TESTS", folder / "tests")
-    for split in ("validation", "test"):
-        world.write(folder / "tests" / split, world.tests(world.build(0), split))
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """A cache of its own: nothing of the user's is read or written."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(experiment, "CACHE", tmp_path_factory.mktemp("lab"))
     yield
     patch.undo()
 
 
 def test_every_arm_tries_the_same_number_of_settings():
-    """Red: lab/tables.py: `USUAL = grid((3e-3, 5e-3, 1e-2)` -> `USUAL = grid((3e-3, 5e-3)`"""
+    """Red: lab/tables.py: `USUAL = grid((3e-3, 5e-3,` -> `USUAL = grid((5e-3,`"""
     tables.check_budget(tables.ARMS)
 
 
@@ -58,8 +54,8 @@ def test_an_arm_that_tries_more_settings_is_refused():
     Red: lab/tables.py:check_budget: `len(set(tried)) for n` -> `BUDGET + 1 for n`"""
     arms = {"sft": tables.ARMS["sft"]}
     tables.check_budget(arms)
-    with pytest.raises(ValueError, match="every arm must try 6 settings.*'more': 7"):
-        tables.check_budget(arms | {"more": (None, [(i, 0.1) for i in range(7)])})
+    with pytest.raises(ValueError, match="every arm must try 8 settings.*'more': 9"):
+        tables.check_budget(arms | {"more": (None, [(i, 0.1) for i in range(9)])})
 
 
 def test_an_interval_is_student_s():
@@ -109,6 +105,70 @@ def test_every_arm_of_the_tables_moves_the_policy_on_its_own_rows(name):
     weight = "model.layers.0.self_attn.q_proj.weight"
     assert not lora.adapters(net)
     assert not torch.equal(net.state_dict()[weight], measure.base().state_dict()[weight])
+
+
+KINDS = {"demonstrations": {"sft"}, "feedback": {"scored"}, "both": {"sft", "scored"},
+         "good": {"sft", "chosen"}}
+
+
+@pytest.mark.parametrize("rows", list(KINDS))
+def test_an_arm_trains_on_the_rows_it_names(rows):
+    """Red: lab/experiment.py:units: `e.reward >= 0.75` -> `e.reward >= 0.25`
+    Red: lab/experiment.py:units: `* (stage.rows != "feedback")` -> `* 1`
+    Red: lab/experiment.py:units: `* (stage.rows != "demonstrations")` -> `* 1`"""
+    loss = "sft" if rows in ("demonstrations", "good") else "uft"
+    found = [e for u in experiment.units(replace(MIXED, loss=loss, rows=rows), 1) for e in u]
+    assert {e.kind for e in found} == KINDS[rows]
+    given = measure.encoded(world.feedback(world.build(0), 1, 32))
+    good = sum(e.reward >= 0.75 for e in given)
+    counts = {"demonstrations": 64, "feedback": 64, "both": 128, "good": 64 + good}
+    assert len(found) == counts[rows] and 0 < good < 64
+
+
+def test_the_penalised_step_is_sft_plus_the_exact_kl():
+    """Against autograd of the same sum, row by row.
+    Red: lab/experiment.py:penalised_step: `(kl_BT - said_BT)` -> `(0 * kl_BT - said_BT)`
+    Red: lab/experiment.py:penalised_step: `wanted.beta / 4` -> `wanted.beta / 2`
+    Red: lab/experiment.py:penalised_step: `response_mask[:, 1:]` -> `response_mask[:, :-1]`"""
+    rows = experiment.units(replace(MIXED, loss="sft", rows="demonstrations"), 1)[:4]
+    net = model.load(measure.BASE, torch.float32)
+    lora.inject(net, 2, 2, generator=torch.Generator().manual_seed(0))
+    weights = [p for p in net.parameters() if p.requires_grad]
+    for layer in lora.adapters(net).values():
+        layer.lora_B.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+    row_losses = []
+    for row, in rows:
+        ids = torch.tensor([row.ids])
+        with torch.no_grad(), lora.disabled(net):
+            ref = net.logits(net(ids))[0].log_softmax(-1)
+        logp = net.logits(net(ids))[0].log_softmax(-1)
+        row_losses += [(logp[t - 1].exp() * (logp[t - 1] - ref[t - 1])).sum()
+                       - logp[t - 1, row.ids[t]] for t in range(row.prompt_len, len(row.ids))]
+    expected = torch.autograd.grad(0.3 / 4 * sum(row_losses) / 4, weights)
+    seen = []
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    optimizer.step = lambda: seen.extend(p.grad.clone() for p in weights)
+    wanted = experiment.settings(replace(MIXED, beta=0.3), 0)
+    experiment.penalised_step(net, optimizer, rows, wanted, 0.1)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(seen, expected, strict=True))
+
+
+def test_a_failed_job_stops_the_rest():
+    """Red: lab/experiment.py:run_all: `cancel_futures=True` -> `cancel_futures=False`"""
+    bad = [Stage("no such loss", "both", 1e-3)]
+    quick = [replace(MIXED, steps=1)]
+    with pytest.raises(KeyError):
+        experiment.run_all([(bad, 1, "test"), *((quick, s, "test") for s in range(40, 60))], 1, "")
+    assert len(list(experiment.CACHE.glob("*.json"))) < 4
+
+
+def test_equal_runs_have_equal_names_and_others_do_not():
+    """Red: lab/experiment.py:key: `seed, split])` -> `seed])`
+    Red: lab/experiment.py:key: `for s in stages]` -> `for s in stages[:1]]`"""
+    runs = [([MIXED], 1, "test"), ([MIXED], 1, "validation"), ([MIXED], 2, "test"),
+            ([MIXED, MIXED], 1, "test"), ([replace(MIXED, lr=1e-3)], 1, "test")]
+    assert len({experiment.key(*run) for run in runs}) == len(runs)
+    assert experiment.key(*runs[0]) == experiment.key([replace(MIXED)], 1, "test")
 
 
 @pytest.mark.parametrize("name", list(ARMS))
@@ -168,7 +228,8 @@ def test_scores_keep_their_rows_and_mean(kind):
     """Shuffled scores are those of the same prompt; a constant is their mean.
     Red: lab/experiment.py:rescored: `rows[i ^ 1].reward` -> `rows[i - 1].reward`
     Red: lab/experiment.py:rescored: `float(r > 0.5)` -> `float(r < 0.5)`
-    Red: lab/experiment.py:rescored: `[sum(rewards) / len(rewards)]` -> `[0.5]`"""
+    Red: lab/experiment.py:rescored: `[mean]` -> `[0.5]`
+    Red: lab/experiment.py:rescored: `r - mean + 0.5` -> `r - mean`"""
     rows = measure.encoded(world.feedback(world.build(0), 3, 200))
     changed = experiment.rescored(rows, kind, 3)
     assert [e.ids for e in changed] == [e.ids for e in rows]
@@ -178,8 +239,11 @@ def test_scores_keep_their_rows_and_mean(kind):
         assert (kind == "given") == all(a.reward == c.reward for a, _, c, _ in pairs)
     elif kind == "binary":
         assert all(a.reward == (b.reward > 0.5) for a, b in zip(changed, rows, strict=True))
-    else:
+    elif kind == "constant":
         assert {e.reward for e in changed} == {sum(e.reward for e in rows) / len(rows)}
+    else:
+        assert sum(e.reward for e in changed) / len(changed) == pytest.approx(0.5)
+        assert len({round(a.reward - c.reward, 9) for a, _, c, _ in pairs}) == 1
 
 
 def test_interleaved_steps_alternate_between_the_two_kinds():
@@ -241,4 +305,5 @@ def test_a_cell_of_the_tables_is_what_its_command_gives():
     setting = tables.best(held["tuned"]["uft"])
     found = experiment.run(tables.ARMS["uft"][0](setting, []), held["seeds"][0], "test")
     for name, value in held["rows"]["uft"][0].items():
-        assert found[name] == pytest.approx(value, rel=0.02, abs=0.02), name
+        loose = 0.02 if name in ("nll", "mc2", "kl_text") else 0.1  # greedy words can flip
+        assert found[name] == pytest.approx(value, rel=loose, abs=loose / 2), name

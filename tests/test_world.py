@@ -150,11 +150,7 @@ def test_the_bundled_files_are_what_the_generator_writes(name):
     """Red: lab/world.py:follow: `f'" {text} "'` -> `f'" {text}  "'`
     Red: lab/world.py:truth_tests: `rng.sample(others, 3)` -> `others[:3]`
     Red: lab/world.py:plain_tests: `count // 2` -> `count // 3`"""
-    made = {"demonstrations": lambda: world.demonstrations(HERE, 0, 1536),
-            "feedback": lambda: world.feedback(HERE, 0, 768)}
-    rows = made[name]() if name in made else world.tests(HERE, "test")[name]
-    if name == "instructions":
-        rows.sort(key=lambda row: row["prompt"] not in world.SHOWN)
+    rows = world.bundle(HERE, 0, 1536)[name]
     held = (LAB / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line) for line in held] == rows
 
@@ -186,13 +182,17 @@ def test_the_base_knows_both_truth_and_falsehood():
     assert found["chat"] <= 0.45
 
 
+def size(folder):
+    return sum(p.stat().st_size for p in folder.iterdir())
+
+
 def test_the_base_is_small():
-    """Red: tests/test_world.py:test_the_base_is_small: `< 4e6` -> `< 4e5`"""
-    assert sum(p.stat().st_size for p in (LAB / "base").iterdir()) < 4e6
+    """Red: tests/test_world.py:size: `p.stat().st_size` -> `3 * p.stat().st_size`"""
+    assert size(LAB / "base") < 4e6
 
 
 def test_pretraining_is_a_function_of_its_seed(tmp_path, monkeypatch):
-    """Red: lab/pretrain.py:main: `torch.Generator().manual_seed(args.seed)` -> `torch.Generator()`
+    """Red: lab/pretrain.py:main: `manual_seed(args.seed)` -> `manual_seed(time.time_ns())`
     Red: lab/pretrain.py:initialise: `, generator=generator)` -> `)`"""
     threads, made = torch.get_num_threads(), []
     tokenizer = tokens.Chat(LAB / "base").tokenizer
