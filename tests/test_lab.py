@@ -51,7 +51,7 @@ def test_every_arm_tries_the_same_number_of_settings():
 
 def test_an_arm_that_tries_more_settings_is_refused():
     """Red: lab/tables.py:check_budget: `if wrong:` -> `if not wrong:`
-    Red: lab/tables.py:check_budget: `len(set(tried)) for n` -> `BUDGET + 1 for n`"""
+    Red: lab/tables.py:check_budget: `!= BUDGET}` -> `< BUDGET}`"""
     arms = {"sft": tables.ARMS["sft"]}
     tables.check_budget(arms)
     with pytest.raises(ValueError, match="every arm must try 8 settings.*'more': 9"):
@@ -115,7 +115,7 @@ KINDS = {"demonstrations": {"sft"}, "feedback": {"scored"}, "both": {"sft", "sco
 def test_an_arm_trains_on_the_rows_it_names(rows):
     """Red: lab/experiment.py:units: `e.reward >= 0.75` -> `e.reward >= 0.25`
     Red: lab/experiment.py:units: `* (stage.rows != "feedback")` -> `* 1`
-    Red: lab/experiment.py:units: `* (stage.rows != "demonstrations")` -> `* 1`"""
+    Red: lab/experiment.py:units: `* (stage.rows != "demonstrations")` -> `* 0`"""
     loss = "sft" if rows in ("demonstrations", "good") else "uft"
     found = [e for u in experiment.units(replace(MIXED, loss=loss, rows=rows), 1) for e in u]
     assert {e.kind for e in found} == KINDS[rows]
