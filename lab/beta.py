@@ -4,8 +4,11 @@ Question    The paper tunes learning rate x beta. Does beta buy less drift at eq
 Prediction  For small beta UFT is SFT on the sequence sum: Adam divides the factor beta/4 out. A
             larger beta moves along the frontier that SFT walks with a smaller rate.
 Command     python -m lab.beta
-Runtime     RUNTIME
-Answer      ANSWER
+Runtime     4 minutes on two cores
+Answer      As predicted. With beta .001 and .01 UFT's nll is SFT's within .04 nats at every rate.
+            Beta .1 and .3 trade nll for drift about as a smaller rate does (5.32 nats at KL 1.74,
+            5.55 at 1.44; SFT has 5.74 at 1.41 and 5.22 at 2.01); beta 1 falls behind that curve.
+            The differences within a rate are of the size of the intervals.
 
 Demonstrations only, one pass, three seeds, AdamW without clipping (a clip of 1 would hit SFT's
 gradients, which are 4/beta times larger; its first step is the same for both). Held-out nll against

@@ -6,8 +6,11 @@ Prediction  At a fixed number of steps truth falls because feedback is seen less
             looks at the feedback it falls because demonstrations are true less often (60%) than
             what the scores prefer.
 Command     python -m lab.mixture
-Runtime     RUNTIME
-Answer      ANSWER
+Runtime     4 minutes on two cores
+Answer      It is the share. Truth falls from 84% to 45% with 192 to 3072 demonstrations although
+            the feedback is always read once, and from 81% to 35% at 96 steps. The two designs
+            differ most where feedback is read two thirds as often (3072: 45% against 35%, not
+            significant). Instructions followed rise with demonstrations only if steps do.
 
 Feedback stays at 1536 answers. "one pass" reads every row once, so that steps grow with the
 demonstrations (the paper's design, as far as it is stated) and feedback is always seen once;

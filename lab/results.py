@@ -128,6 +128,25 @@ CLAIMS = (
            ("uft_mixed", "weighted_sft", "kl_text", -1), ("uft_mixed", "weighted_sft", "sums", 1),
            ("uft_mixed", "weighted_sft", "skills", 1),
            ("uft_mixed", "sft_una_mixed", "skills", 1))),
+    Claim("Scores say more than labels", "for form reproduced, for truth the reverse",
+          "a label cannot say that a true answer ignored the constraint; constant scores teach "
+          "no truth at all",
+          (("mixture, given", "mixture, binary", "form", 1),
+           ("mixture, given", "mixture, binary", "truth", -1),
+           ("mixture, given", "mixture, constant", "truth", 1),
+           ("mixture, given", "mixture, shuffled", "truth", 1)), "scores"),
+    Claim("More demonstrations lower truthfulness (Tables 7-9)", "reproduced",
+          "at fixed looks at the feedback and at fixed steps alike: it is their share, and it is "
+          "so by design here, where demonstrations are true in 57%",
+          tuple((f"3072 demonstrations, {how}", f"192 demonstrations, {how}", "truth", -1)
+                for how in ("one pass", "96 steps")), "mixture"),
+    Claim("UFT regularises like a KL penalty", "not reproduced",
+          "it stops row by row; SFT that does so cannot be told from it, SFT stopped early is "
+          "better than both",
+          (("uft, 24 passes", "sft_quarter, 24 passes", "kl_policy", -1),
+           ("uft, 24 passes", "sft_stop, 24 passes", "kl_policy", "open"),
+           ("uft, 24 passes", "sft_kl, 24 passes", "form_demonstrations", 1),
+           ("uft, 24 passes", "sft_quarter, 8 passes", "nll", 1)), "shapes"),
 )
 
 

@@ -5,8 +5,12 @@ Prediction  At the start every row counts |r - 1/2|; later a demonstration's wei
             gain D = logps - ref_logps: half at D = .85/beta, a tenth at 2/beta. Rows that are
             hard for the base gain most and fade first. With beta .01 nothing fades here.
 Command     python -m lab.saturation
-Runtime     RUNTIME
-Answer      ANSWER
+Runtime     2 minutes on one core
+Answer      As predicted. The median demonstration gains 2.7 nats and keeps 99% of its weight at
+            beta .01, 85% at .1, 54% at .3, 11% at 1; then 0, 7, 40 and 86% of the demonstrations
+            have less than half of theirs. The weight follows ref_logps (correlation .8 at beta .1):
+            what the base finds hard gains most and fades first. Length says little (-.25). A beta
+            of .01 on answers of this length is summed SFT under another name.
 
 One run of the mixture per beta, one seed; the same 512 training rows are weighed every eight steps.
 weight is |dL/dlogps| / (beta/4), which is 1 for a fresh demonstration.

@@ -4,8 +4,12 @@ Question    Does UFT gain from graded scores, or would any label, or none, do as
 Prediction  Graded scores beat labels cut at 1/2 a little and shuffled or constant scores clearly;
             a constant score above 1/2 is SFT on everything and teaches form without truth.
 Command     python -m lab.scores
-Runtime     RUNTIME
-Answer      ANSWER
+Runtime     6 minutes on two cores
+Answer      Scores are what teaches truth: with a constant score the mixture stays at 16% truthful
+            answers, with shuffled ones at 31%, with its own at 46%. Cut at 1/2 they teach more
+            truth (69%) and less form (32% against 45% of instructions followed): a right answer
+            that breaks a constraint becomes as good as any. Moving the mean score to 1/2 changes
+            nothing that five seeds can see in truth or form. Predicted, but for the labels' truth.
 
 One learning rate, one beta, the same rows in the same order, five seeds: only the scores differ.
 "shuffled" swaps the two scores of a prompt in half of the pairs; "constant" gives every answer the

@@ -5,8 +5,12 @@ Question    Eq. 7 stops pushing a demonstration that has gained about 2/beta nat
 Prediction  SFT that stops row by row at 2/beta behaves like UFT; an explicit KL penalty does not;
             BCE and KTO, which never let a row go, sit between SFT and UFT.
 Command     python -m lab.shapes
-Runtime     RUNTIME
-Answer      ANSWER
+Runtime     6 minutes on two cores
+Answer      Trained too long, UFT drifts less than SFT (KL 4.4 against 6.2 nats) and forgets less
+            (skills 43% against 37%), and SFT that stops row by row cannot be told from it: it is
+            early stopping per example. An explicit KL is another thing: 1 nat of drift, and half of
+            the instructions not learned. SFT for a third of the steps beats all of them in nll
+            (5.2 against 6.0) and drift (3.6). BCE and KTO lie between UFT and SFT, as predicted.
 
 256 demonstrations, about 14% of them bad, seen 24 times, one learning rate, four seeds; beta is .3,
 so that rows can saturate (2/beta = 6.7 nats). "sft_quarter" is SFT, "sft_quarter, 8 passes" a
