@@ -31,17 +31,19 @@ def save(name: str, width: float, panels: int, draw: Callable[[list[Axes]], None
 
 
 def frontier(axes: list[Axes]) -> None:
-    """Every setting tried of the sequential arms and of UFT on the mixture, validation split."""
+    """Every setting of the sequential arms and of UFT on the mixture, on the validation split."""
     tuned = summary.load("tables")["tuned"]
     for x, ax in zip(("truth", "kl_text"), axes, strict=True):
         for name, color in zip(("uft_mixed", *SEQUENTIAL), COLORS, strict=False):
-            points = sorted((r[x], r["form"]) for r in tuned[name])
-            ax.plot(*zip(*points, strict=True), "o-" if name == "uft_mixed" else "o:", color=color,
-                    label=name, markersize=4)
+            first = tuned[name][0]
+            ax.scatter([r[x] for r in tuned[name]], [r["form"] for r in tuned[name]], 14, color,
+                       alpha=0.6, label=name)
+            ax.scatter(first[x], first["form"], 60, color, marker="*")
         ax.set_xlabel({"truth": "truthful answers",
                        "kl_text": "KL(base||policy) per token of text"}[x])
         ax.set_ylabel("instructions followed")
-    axes[0].legend(fontsize=7)
+    axes[1].set_xscale("log")
+    axes[1].legend(fontsize=7, title="star: chosen", title_fontsize=7)
 
 
 def best_of(axes: list[Axes]) -> None:
@@ -53,7 +55,7 @@ def best_of(axes: list[Axes]) -> None:
         axes[0].plot(range(1, len(held[name]) + 1), held[name], "o-", color=color, label=name,
                      markersize=3)
     axes[0].set(xlabel="settings tried", ylabel="expected best validation score")
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def drift(axes: list[Axes]) -> None:
@@ -68,7 +70,9 @@ def drift(axes: list[Axes]) -> None:
             ax.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4)
         ax.set_xlabel({"kl_policy": "KL(policy||base), nats an answer",
                        "kl_base": "KL(base||policy), nats an answer"}[x])
-        ax.set_ylabel("held-out nll, nats a demonstration")
+        ax.set(xscale="log", ylabel="held-out nll, nats a demonstration")
+        ax.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        ax.minorticks_off()
     axes[0].legend(fontsize=7)
 
 
@@ -100,7 +104,7 @@ def saturation(axes: list[Axes]) -> None:
             ax.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         ax.set(xlabel="step", ylabel={"weight": "weight (1: fresh demonstration)",
                                       "gain": "gain over the base, nats"}[what])
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7)
 
 
 def scores(axes: list[Axes]) -> None:
@@ -119,7 +123,8 @@ def scores(axes: list[Axes]) -> None:
 def optimum(axes: list[Axes]) -> None:
     """How far each loss ends from the exact optimum of the bandit."""
     rows = summary.load("optimum")["rows"]
-    axes[0].barh([r["name"] for r in rows], [r["tv"] for r in rows], color=COLORS[0])
+    bars = axes[0].barh([r["name"] for r in rows], [r["tv"] for r in rows], color=COLORS[0])
+    axes[0].bar_label(bars, [f"{r['tv']:.3f}" for r in rows], padding=3, fontsize=7)
     axes[0].invert_yaxis()
     axes[0].set_xlabel("total variation to pi*")
 
