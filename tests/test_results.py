@@ -35,7 +35,7 @@ def test_a_verdict_that_its_numbers_do_not_show_is_refused(a, b, shown):
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_question_says_what_was_asked_expected_run_and_found(name):
-    """Red: lab/results.py:opening: `head and line.startswith(" ")` -> `head and line.strip()`
+    """Red: lab/results.py:opening: `+= " " + line.strip()` -> `= ""`
     Red: lab/optimum.py: `Runtime     4 s` -> `Took     4 s`"""
     parts = results.opening(name)
     assert {"Title", *results.HEADS} == parts.keys()
