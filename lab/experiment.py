@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -224,12 +225,19 @@ def run(stages: Sequence[Stage], seed: int, split: str) -> dict[str, float]:
     return found
 
 
+def start_worker(cache: Path) -> None:
+    """One thread, and the cache of whoever asks."""
+    global CACHE
+    torch.set_num_threads(1)
+    CACHE = cache
+
+
 def run_all(jobs: Sequence[tuple], workers: int, label: str) -> list[dict[str, float]]:
     """`run` of every (stages, seed, split), in order, on several processes, with a progress bar."""
     CACHE.mkdir(parents=True, exist_ok=True)
     once, found = {repr(job): job for job in jobs}, {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, start_worker, (CACHE,)) as pool:
         waiting = {pool.submit(run, *job): name for name, job in once.items()}
         try:
             for done in tqdm(as_completed(waiting), total=len(once), desc=label, unit="run"):

@@ -115,8 +115,8 @@ CLAIMS = (
           (("uft_mixed", "sft", "select", 1), ("uft_mixed", "sft_then_dpo", "select", 1),
            ("uft_mixed", "sft_then_una", "select", -1), ("uft_mixed", "una", "select", -1))),
     Claim("It is the single stage that does it", "not reproduced",
-          "batches that alternate, UNA before SFT, and SFT before the mixture do as well or "
-          "better: what helps is that demonstrations are still rehearsed",
+          "batches that alternate, UNA before SFT, and SFT before the mixture (48 more steps) do "
+          "as well or better: what helps is that demonstrations are still rehearsed",
           (("uft_mixed", "interleaved", "form", -1),
            ("uft_mixed", "una_then_sft", "select", "same"),
            ("uft_mixed", "sft_then_uft_mixed", "form", -1),
