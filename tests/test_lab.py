@@ -1,6 +1,7 @@
 """The lab's arithmetic: budgets, intervals, what each arm trains on, and one cell of the tables."""
 import itertools
 import math
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -153,13 +154,36 @@ def test_the_penalised_step_is_sft_plus_the_exact_kl():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(seen, expected, strict=True))
 
 
-def test_a_failed_job_stops_the_rest():
-    """Red: lab/experiment.py:run_all: `cancel_futures=True` -> `cancel_futures=False`"""
-    bad = [Stage("no such loss", "both", 1e-3)]
-    quick = [replace(MIXED, steps=1)]
-    with pytest.raises(KeyError):
-        experiment.run_all([(bad, 1, "test"), *((quick, s, "test") for s in range(40, 60))], 1, "")
-    assert len(list(experiment.CACHE.glob("*.json"))) < 4
+class FailingPool:
+    """Stands in for ProcessPoolExecutor: every job fails, `cancelled` is what was asked then."""
+
+    cancelled = None
+
+    def __init__(self, workers, context, start, given):
+        assert (workers, start, given) == (1, experiment.start_worker, (experiment.CACHE,))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def submit(self, *job):
+        future = Future()
+        future.set_exception(KeyError("a job failed"))
+        return future
+
+    def shutdown(self, wait, cancel_futures):
+        FailingPool.cancelled = cancel_futures
+
+
+def test_a_failed_job_stops_the_rest(monkeypatch):
+    """Red: lab/experiment.py:run_all: `cancel_futures=True` -> `cancel_futures=False`
+    Red: lab/experiment.py:run_all: `start_worker, (CACHE,)` -> `start_worker, (BASE,)`"""
+    monkeypatch.setattr(experiment, "ProcessPoolExecutor", FailingPool)
+    with pytest.raises(KeyError, match="a job failed"):
+        experiment.run_all([([MIXED], seed, "test") for seed in range(5)], 1, "")
+    assert FailingPool.cancelled is True
 
 
 def test_equal_runs_have_equal_names_and_others_do_not():
