@@ -22,6 +22,7 @@ from torch import Tensor
 
 import checkpoint
 import evaluate
+import exam
 import lora
 import losses
 import mixture
@@ -267,14 +268,14 @@ def train(config: Config) -> Path:
     if not config.resume:
         print("check   " + self_check(net, first, config), flush=True)
     prompts = [unit[0].prompt for unit in (held or first)][:3 if config.sample_tokens else 0]
-    exam = evaluate.Exam(held, tests, prompts, config.sample_tokens, config.beta,
-                         config.micro_batch_tokens)
+    asked = exam.Exam(held, tests, prompts, config.sample_tokens, config.beta,
+                      config.micro_batch_tokens)
     with lora.disabled(net):
-        before = evaluate.examine(net, chat, exam)
+        before = exam.examine(net, chat, asked)
     run_steps(net, optimizer, batches, state, steps, size, config, out)
     lora.save(net, out / "adapter", str(config.model))
     chat.save(out / "adapter")
-    results = evaluate.compare(before, evaluate.examine(net, chat, exam))
+    results = exam.compare(before, exam.examine(net, chat, asked))
     results |= {"verdict": report.verdict(results["held_out"]["after"], results["tests"]),
                 "seconds": time.perf_counter() - began}
     report.write_json(out / "results.json", results)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import config
-import evaluate
+import exam
 import generate
 import lora
 import model
@@ -48,8 +48,8 @@ def run(base, file, out, tests, *more):
 def test_results_are_the_gains_from_base_to_adapter(base, files, tests, tmp_path, capsys):
     """Asked again of the base and of the saved adapter, the tests give the same numbers.
     Red: train.py:train: `compare(before, evaluate` -> `compare(before, before or evaluate`
-    Red: evaluate.py:compare: `before["scores"][name], scores)` -> `scores, scores)`
-    Red: evaluate.py:compare: `"before": before["held_out"]` -> `"before": after["held_out"]`
+    Red: exam.py:compare: `before["scores"][name], scores)` -> `scores, scores)`
+    Red: exam.py:compare: `"before": before["held_out"]` -> `"before": after["held_out"]`
     Red: train.py:train: `"seconds": time.perf_counter() - began` -> `"seconds": 0`"""
     found = run(base, files / "scores.jsonl", tmp_path / "run", tests)
     asked, scores = train.read_tests(config.Config("m", ("d",), tuple(tests))), []
@@ -84,11 +84,11 @@ def test_a_resumed_run_is_asked_of_the_base_before(base, files, tests, tmp_path)
 
 def test_samples_are_the_first_questions_of_the_files_in_turn(base, files, tests, tmp_path, capsys):
     """First of the first file, first of the second, second of the first; marked as judged.
-    Red: evaluate.py:examine: `itertools.zip_longest(*answered)` -> `answered`
-    Red: evaluate.py:examine: `text, right > 0)` -> `text, right < 1)`
-    Red: evaluate.py:examine: `asked, exam.max_new_tokens)` -> `asked)`
+    Red: exam.py:examine: `itertools.zip_longest(*answered)` -> `answered`
+    Red: exam.py:examine: `text, right > 0)` -> `text, right < 1)`
+    Red: exam.py:examine: `asked, exam.max_new_tokens)` -> `asked)`
     Red: report.py:samples: `True: "right  ", False: "wrong  "` -> `True: "", False: ""`
-    Red: evaluate.py:compare: `"right_before": was` -> `"right_before": now and was`"""
+    Red: exam.py:compare: `"right_before": was` -> `"right_before": now and was`"""
     samples = run(base, files / "scores.jsonl", tmp_path / "run", tests[::-1])["samples"]
     assert [s["prompt"] for s in samples] == ["Say six.", "Say one.", "Say ten."]
     assert [s["right_after"] for s in samples] == [False, "e" in samples[1]["after"], True]
@@ -101,7 +101,7 @@ def test_samples_are_the_first_questions_of_the_files_in_turn(base, files, tests
 
 
 def test_without_patterns_samples_are_held_out_prompts_without_a_mark(base, files, tests, tmp_path):
-    """Red: evaluate.py:examine: `if not shown:` -> `if 0:`
+    """Red: exam.py:examine: `if not shown:` -> `if 0:`
     Red: train.py:train: `(held or first)` -> `first`"""
     found = run(base, files / "pairs.jsonl", tmp_path / "run", tests[2:])
     setup = config.Config("m", (f"{files}/pairs.jsonl",), held_out=4, max_length=128)
@@ -159,4 +159,4 @@ def test_without_flags_the_demo_runs_and_shows_its_command(place, capsys, monkey
     assert got[0] == got[1] and (place != "." or words == train.DEMO.split())
     paths = (got[0].model, *got[0].data, *got[0].test)
     assert all(Path(p).resolve().is_relative_to(ROOT / "lab") for p in paths)
-    assert len(got[0].test) == 3 and evaluate.Exam._fields[1] == "tests"
+    assert len(got[0].test) == 3 and exam.Exam._fields[1] == "tests"

@@ -1,0 +1,48 @@
+"""What a run asks a policy before and after training: held-out rows, tests, and three samples."""
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import evaluate
+import generate
+import model
+import questions
+import tokens
+
+
+class Exam(NamedTuple):
+    """What a policy is asked before and after training."""
+
+    held: Sequence[Sequence[tokens.Encoded]]  # held-out units
+    tests: dict[str, list[questions.Question]]  # by name
+    prompts: Sequence[tuple]  # to show answers to, where no test has patterns
+    max_new_tokens: int
+    beta: float
+    budget: int
+
+
+def examine(net: model.Transformer, chat: tokens.Chat, exam: Exam) -> dict:
+    """held_out: numbers; scores: {test and metric: one number per question}; shown: three samples
+    (prompt, answer, right), of questions with patterns, taken from the tests in turn, if any."""
+    scores, answered = {}, []
+    for name, asked in exam.tests.items():
+        found, texts = questions.ask(net, chat, asked, exam.max_new_tokens)
+        scores |= {f"{name} {metric}": values for metric, values in found.items()}
+        answered.append([(q.prompt, text, right > 0) for q, text, right in zip(
+            asked, texts, found["correct"], strict=True)] if texts else [])
+    shown = [s for turn in itertools.zip_longest(*answered) for s in turn if s][:3]
+    if not shown:
+        texts = generate.complete(net, chat, exam.prompts, exam.max_new_tokens)
+        shown = [(prompt, text, None) for prompt, text in zip(exam.prompts, texts, strict=True)]
+    held = evaluate.held_out(net, exam.held, exam.beta, exam.budget) if exam.held else {}
+    return {"held_out": held, "scores": scores, "shown": shown}
+
+
+def compare(before: dict, after: dict) -> dict:
+    """Two examinations side by side: held-out numbers, the gain in every test, the samples."""
+    samples = [{"prompt": prompt[-1][1], "before": a, "after": b, "right_before": was,
+                "right_after": now} for (prompt, a, was), (_, b, now)
+               in zip(before["shown"], after["shown"], strict=True)]
+    return {"held_out": {"before": before["held_out"], "after": after["held_out"]},
+            "tests": {name: questions.gain(before["scores"][name], scores)
+                      for name, scores in after["scores"].items()}, "samples": samples}
