@@ -47,7 +47,7 @@ def run(base, file, out, tests, *more):
 
 def test_results_are_the_gains_from_base_to_adapter(base, files, tests, tmp_path, capsys):
     """Asked again of the base and of the saved adapter, the tests give the same numbers.
-    Red: train.py:train: `compare(before, evaluate` -> `compare(before, before or evaluate`
+    Red: train.py:train: `compare(before, exam` -> `compare(before, before or exam`
     Red: exam.py:compare: `before["scores"][name], scores)` -> `scores, scores)`
     Red: exam.py:compare: `"before": before["held_out"]` -> `"before": after["held_out"]`
     Red: train.py:train: `"seconds": time.perf_counter() - began` -> `"seconds": 0`"""
