@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora
+import peft_folder
 
 FREE = ("resume", "save_every", "out", "device", "micro_batch_tokens", "gradient_checkpointing",
         "sample_tokens", "test")  # may change on resuming: rounding and dropout draws may differ
@@ -47,7 +48,7 @@ def resume(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: 
     folder = max(folders.values(), key=lambda p: int(p.name.removeprefix("step-")))
     state = json.loads((folder / "state.json").read_text("utf-8"))
     layers, tensors = lora.adapters(net), load_file(folder / "optimizer.safetensors")
-    for name, (a, b, _) in lora.read(folder)[1].items():
+    for name, (a, b, _) in peft_folder.read(folder)[1].items():
         layers[name].lora_A.data.copy_(a)
         layers[name].lora_B.data.copy_(b)
     torch.set_rng_state(tensors.pop("rng"))

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,106 +20,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-HEAD_CHUNK = 1024  # positions whose logits exist at one time
+from architecture import ModelConfig
+import backward
+from packing import Packed, Segment, attend, attend_packed, pack
+
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, (B, G, T, K)
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """config.json of a supported checkpoint, validated; ValueError names the key that is wrong."""
+class Linear(nn.Linear):
+    """y = x W^T + b."""
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope: dict  # rope_type, rope_theta and the numbers of its scaling
-    windows: tuple[int | None, ...]  # per layer: a query sees this many keys, itself included
-    tie_word_embeddings: bool
-    max_position_embeddings: int
-    raw: dict = field(repr=False)  # config.json as it was read; `save` writes it back
-
-    @staticmethod
-    def from_folder(folder: str | Path) -> "ModelConfig":
-        """Reads folder/config.json.   ValueError for anything this file does not implement."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            found = sorted(os.listdir(folder))[:8] if Path(folder).is_dir() else "no such folder"
-            raise ValueError(f"{folder} is not a model folder: config.json is missing (found: "
-                             f"{found}). Give a folder as downloaded from Hugging Face")
-        try:
-            return ModelConfig.from_dict(json.loads(path.read_text("utf-8-sig")))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    @staticmethod
-    def from_dict(raw: dict) -> "ModelConfig":
-        """The config.json keys of transformers, old and new spellings; see ModelConfig."""
-        kind = raw.get("model_type")
-        if kind not in SUPPORTED:
-            raise ValueError(f"model_type {kind!r} is not supported, only {', '.join(SUPPORTED)}")
-        for key in ("quantization_config", "attention_bias", "mlp_bias", "num_local_experts"):
-            if raw.get(key):
-                raise ValueError(f"{key} = {raw[key]!r} is not implemented")
-        if raw.get("hidden_act") != "silu":
-            raise ValueError(f"hidden_act = {raw.get('hidden_act')!r}, only 'silu' is implemented")
-        old = {"num_key_value_heads": raw.get("num_attention_heads")} if kind == "llama" else {}
-        sizes = {}
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                    "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
-            sizes[key] = raw.get(key, old.get(key))
-            if type(sizes[key]) is not int or sizes[key] < 1:
-                raise ValueError(f"{key} must be a positive integer, found {sizes[key]!r}")
-        heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-        default = 128 if kind == "qwen3" else sizes["hidden_size"] // heads
-        head_dim, eps = raw.get("head_dim") or default, raw.get("rms_norm_eps")
-        if heads % groups or type(head_dim) is not int or head_dim < 1 or head_dim % 2 or (
-                "head_dim" not in raw and kind != "qwen3" and sizes["hidden_size"] % heads):
-            raise ValueError(f"{heads} heads, {groups} kv heads, head size {head_dim} do not fit")
-        if type(eps) is not float or not 0 < eps < 1:
-            raise ValueError(f"rms_norm_eps must be a number between 0 and 1, found {eps!r}")
-        return ModelConfig(model_type=kind, head_dim=head_dim, rms_norm_eps=eps, raw=raw, **sizes,
-                           rope=rope_parameters(raw), windows=attention_windows(raw),
-                           tie_word_embeddings=bool(raw.get("tie_word_embeddings")))
-
-
-def rope_parameters(raw: dict) -> dict:
-    """{rope_type, rope_theta, ...} from rope_parameters (new), or rope_theta and rope_scaling."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope = {"rope_type": rope.get("type", "default"), "rope_theta": raw.get("rope_theta")} | rope
-    if rope["rope_theta"] is None and raw["model_type"] == "llama":
-        rope["rope_theta"] = 10000.0  # what Llama 1 and 2 leave out
-    needs = {"default": (), "linear": ("factor",), "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if rope["rope_type"] not in needs:
-        raise ValueError(f"rope_type {rope['rope_type']!r} is not implemented, only {list(needs)}")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) != 1:
-        raise ValueError("partial_rotary_factor is not implemented")
-    for key in ("rope_theta", *needs[rope["rope_type"]]):
-        if type(rope.get(key)) not in (int, float) or not 0 < rope[key] < math.inf:
-            raise ValueError(f"rope: {key} must be a positive number, found {rope.get(key)!r}")
-    return rope
-
-
-def attention_windows(raw: dict) -> tuple[int | None, ...]:
-    """The window of each layer, None for full attention; `layer_types` decides where present."""
-    layers, kind = raw["num_hidden_layers"], raw["model_type"]
-    window = raw.get("sliding_window", 4096 if kind == "mistral" else None)
-    if kind == "llama" or (kind != "mistral" and not raw.get("use_sliding_window")):
-        window = None
-    first = raw.get("max_window_layers", 28) if kind != "mistral" else 0
-    kinds = {"full_attention": False, "sliding_attention": True}
-    slides = [kinds[t] for t in raw.get("layer_types") or ()] or [i >= first for i in range(layers)]
-    if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(f"sliding_window must be a positive integer or null, found {window!r}")
-    if len(slides) != layers:
-        raise ValueError(f"layer_types names {len(slides)} layers, num_hidden_layers is {layers}")
-    return tuple(window if s else None for s in slides)
+    def forward(self, x: Tensor) -> Tensor:
+        return backward.Linear.apply(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -131,9 +42,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return backward.RMSNorm.apply(x, self.weight, self.eps)
 
 
 def rotary_tables(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> tuple:
@@ -152,22 +61,6 @@ def rotary_tables(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) 
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Turns the plane (i, i + K/2) of each head by its angle: the half-split layout."""
-    first, second = x_BHTK.chunk(2, -1)
-    return x_BHTK * cos_TK + torch.cat((-second, first), -1) * sin_TK
-
-
-def attention_mask(queries: int, keys: int, window: int | None,
-                   device: torch.device) -> Tensor | None:
-    """(queries, keys) True where the last `queries` positions may look; None for plain causal."""
-    if queries in (1, keys) and (window is None or window >= keys):
-        return None
-    key = torch.arange(keys, device=device)
-    query = key[keys - queries:, None]
-    return (key <= query) & (key > query - (window or keys))
-
-
 class Attention(nn.Module):
     """Grouped-query attention: biases for qwen2, normed heads for qwen3, a window or none."""
 
@@ -175,27 +68,36 @@ class Attention(nn.Module):
         super().__init__()
         width, size, bias = config.hidden_size, config.head_dim, config.model_type == "qwen2"
         self.window, self.size = window, size
-        self.q_proj = nn.Linear(width, config.num_attention_heads * size, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * size, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * size, width, bias=False)
+        self.q_proj = Linear(width, config.num_attention_heads * size, bias=bias)
+        self.k_proj = Linear(width, config.num_key_value_heads * size, bias=bias)
+        self.v_proj = Linear(width, config.num_key_value_heads * size, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * size, width, bias=False)
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(size, config.rms_norm_eps)
             self.k_norm = RMSNorm(size, config.rms_norm_eps)
 
+    def project(self, x_BTD: Tensor, name: str) -> Tensor:
+        """q, k or v of x by head, (B, T, H, K); qwen3 norms queries and keys."""
+        x_BTHK = getattr(self, name + "_proj")(x_BTD).unflatten(-1, (-1, self.size))
+        return getattr(self, name + "_norm")(x_BTHK) if hasattr(self, name + "_norm") else x_BTHK
+
     def forward(self, x_BTD: Tensor, tables: tuple, past: tuple | None) -> tuple:
-        split = (*x_BTD.shape[:2], -1, self.size)
-        q, k, v = (p(x_BTD).view(split) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        q, k = rotate(q, *tables), rotate(k, *tables)
+        q, k, v = (self.project(x_BTD, name).transpose(1, 2) for name in "qkv")
+        q, k = (backward.Rotate.apply(x, *tables) for x in (q, k))
         if past is not None:
             k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        mask = attention_mask(q.shape[2], k.shape[2], self.window, q.device)
-        y_BHTK = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None and len(x_BTD[0]) > 1, enable_gqa=True)
+        y_BHTK = attend(q, k, v, self.window)
         return self.o_proj(y_BHTK.transpose(1, 2).flatten(2)), (k, v)
+
+    def packed(self, x_1ND: Tensor, tables: tuple, segments: list[Segment],
+               kept: Tensor | None) -> Tensor:
+        """The same over packed rows; with `kept`, of these tokens' queries only."""
+        tables = [t_NK[:, None] for t_NK in tables]
+        k, v = backward.Rotate.apply(self.project(x_1ND, "k"), *tables), self.project(x_1ND, "v")
+        if kept is not None:
+            x_1ND, tables = x_1ND.index_select(1, kept), [t[kept] for t in tables]
+        q = backward.Rotate.apply(self.project(x_1ND, "q"), *tables)
+        return self.o_proj(attend_packed(q[0], k[0], v[0], segments, self.window).flatten(1)[None])
 
 
 class MLP(nn.Module):
@@ -203,12 +105,12 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(backward.SwiGLU.apply(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
 
 
 class Block(nn.Module):
@@ -221,9 +123,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x_BTD: Tensor, tables: tuple, past: tuple | None = None) -> tuple:
-        attended, kept = self.self_attn(self.input_layernorm(x_BTD), tables, past)
+        attended, seen = self.self_attn(self.input_layernorm(x_BTD), tables, past)
         x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), kept
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), seen
+
+    def packed(self, x_1ND: Tensor, tables: tuple, segments: list[Segment],
+               kept: Tensor | None) -> Tensor:
+        """The same over packed rows; with `kept`, for these tokens only, (1, M, D)."""
+        attended = self.self_attn.packed(self.input_layernorm(x_1ND), tables, segments, kept)
+        x_1ND = attended + (x_1ND if kept is None else x_1ND.index_select(1, kept))
+        return x_1ND + self.mlp(self.post_attention_layernorm(x_1ND))
 
 
 class Decoder(nn.Module):
@@ -243,31 +152,36 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.model = config, Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids_BT: Tensor, checkpointing: bool = False) -> Tensor:
-        """Hidden states (B, T, D) after the final norm. Checkpointing keeps one tensor a block
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Hidden states (B, T, D) after the final norm."""
+        return self.extend(ids_BT, None)[0]
+
+    def packed(self, packed: Packed, checkpointing: bool) -> Tensor:
+        """Hidden states (M, D) of the tokens that predict. Checkpointing keeps one tensor a block
         and runs the block again in backward: the same numbers for less memory."""
-        x_BTD, tables = self.embed(ids_BT, 0)
-        for block in self.model.layers:
-            x_BTD = (checkpoint(block, x_BTD, tables, use_reentrant=False) if checkpointing
-                     else block(x_BTD, tables))[0]
-        return self.model.norm(x_BTD)
+        x_1ND, tables = self.embed(packed.ids, packed.positions)
+        for i, block in enumerate(self.model.layers):
+            last = i + 1 == len(self.model.layers)
+            rest = (packed.final, packed.kept) if last else (packed.segments, None)
+            x_1ND = (checkpoint(block.packed, x_1ND, tables, *rest, use_reentrant=False)
+                     if checkpointing else block.packed(x_1ND, tables, *rest))
+        return self.model.norm(x_1ND)[0]
 
     def extend(self, ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """Hidden states of T new positions behind those in `cache`, and the longer cache."""
-        x_BTD, tables = self.embed(ids_BT, cache[0][0].shape[2] if cache else 0)
-        longer = []
+        start, longer = cache[0][0].shape[2] if cache else 0, []
+        x_BTD, tables = self.embed(ids_BT, torch.arange(start, start + ids_BT.shape[1]))
         for i, block in enumerate(self.model.layers):
             x_BTD, kept = block(x_BTD, tables, cache[i] if cache else None)
             longer.append(kept)
         return self.model.norm(x_BTD), longer
 
-    def embed(self, ids_BT: Tensor, start: int) -> tuple[Tensor, tuple]:
-        """Embeddings (B, T, D) and the rotary tables of positions start .. start + T - 1."""
+    def embed(self, ids_BT: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple]:
+        """Embeddings (B, T, D) and the rotary tables of the positions."""
         x_BTD = self.model.embed_tokens(ids_BT)
-        positions_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
-        return x_BTD, rotary_tables(self.config, positions_T, x_BTD.dtype)
+        return x_BTD, rotary_tables(self.config, positions_T.to(x_BTD.device), x_BTD.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), float32 at least. Only ever call it on the positions you need."""
@@ -279,22 +193,16 @@ class Transformer(nn.Module):
                        checkpointing: bool = False) -> tuple[Tensor, Tensor]:
         """log pi(y_t | x, y_<t) of every response token: (token_logps, mask), both (B, T).
 
-        Zero outside the mask, float32 at least. The head runs on the positions before response
-        tokens only, HEAD_CHUNK at a time and again in backward: no (B, T, V) tensor ever exists.
+        Zero outside the mask, float32 at least. Only what a response needs is run (packing.py),
+        and the head on the positions before response tokens only, a tile at a time.
         """
-        assert not response_mask_BT[:, 0].any(), "position 0 has nothing before it to predict it"
-        hidden_BTD = self(ids_BT, checkpointing)
-        row, position = response_mask_BT.nonzero(as_tuple=True)
-        hidden_ND, target_N = hidden_BTD[row, position - 1], ids_BT[row, position]
-        chunks = zip(hidden_ND.split(HEAD_CHUNK), target_N.split(HEAD_CHUNK), strict=True)
-        logps_N = torch.cat([checkpoint(self.token_logps, h, t, use_reentrant=False)
-                             for h, t in chunks])
-        token_logps_BT = logps_N.new_zeros(ids_BT.shape).index_put((row, position), logps_N)
-        return token_logps_BT, response_mask_BT
-
-    def token_logps(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-        """log softmax(logits)[target], (N,)."""
-        return -F.cross_entropy(self.logits(hidden_ND), target_N, reduction="none")
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        packed = pack(ids_BT, response_mask_BT, head.weight.device)
+        hidden_SD = self.packed(packed, checkpointing)[packed.source]
+        weight_VD = head.total() if hasattr(head, "total") else head.weight  # it may be adapted
+        logps_S = backward.TargetLogps.apply(hidden_SD, weight_VD, packed.target)
+        token_logps = logps_S.new_zeros(ids_BT.numel()).index_put((packed.place,), logps_S)
+        return token_logps.view(ids_BT.shape), response_mask_BT.to(logps_S.device)
 
 
 def resolve(name: str) -> Path:

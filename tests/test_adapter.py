@@ -14,10 +14,11 @@ from test_weights import shard
 from test_lora import FIRST, adapted, logits
 
 import lora
+import peft_folder
 import model
 
 ROOT = Path(__file__).resolve().parents[1]
-HALF = lora.KEY.format(FIRST, "A")
+HALF = peft_folder.KEY.format(FIRST, "A")
 
 
 def same(a: model.Transformer, b: model.Transformer) -> bool:
@@ -90,7 +91,7 @@ def test_ranks_and_alphas_that_differ_by_layer_survive(tmp_path):
 def test_rslora_is_alpha_over_the_root_of_r_and_is_written_as_an_equal_product(tmp_path):
     """8 / sqrt(4) = 4; written as lora_alpha 16 with r 4 and use_rslora false.
 
-    Red: lora.py:read: `math.sqrt(r) if` -> `r if`
+    Red: peft_folder.py:read: `math.sqrt(r) if` -> `r if`
     """
     lora.save(adapted(), tmp_path / "plain", "base")
     edit(tmp_path / "plain", use_rslora=True)
@@ -105,7 +106,7 @@ def test_rslora_is_alpha_over_the_root_of_r_and_is_written_as_an_equal_product(t
 def test_patterns_override_rank_and_alpha_by_the_end_of_a_name(tmp_path):
     """As PEFT matches them: `q_proj` and `layers.1.self_attn.q_proj` are both patterns.
 
-    Red: lora.py:read: `("alpha", "lora_alpha")` -> `("none", "lora_alpha")`
+    Red: peft_folder.py:read: `("alpha", "lora_alpha")` -> `("none", "lora_alpha")`
     """
     lora.save(adapted(targets=("q_proj", "v_proj")), tmp_path, "base")
     edit(tmp_path, alpha_pattern={"layers.1.self_attn.q_proj": 2, "v_proj": 6}, lora_alpha=4)
@@ -146,9 +147,10 @@ TENSORS = {
     "one dimension": (lambda t: t.update({HALF: torch.ones(4)}), r"A \(4,\)"),
     "nan": (lambda t: t.update({HALF: torch.full((4, 16), math.nan)}), "finite"),
     "extra layer": (lambda t: t.update({
-        lora.KEY.format("model.layers.2.self_attn.q_proj", "A"): torch.ones(4, 16),
-        lora.KEY.format("model.layers.2.self_attn.q_proj", "B"): torch.ones(32, 4)}), "layers.2"),
-    "fewer layers": (lambda t: [t.pop(lora.KEY.format(FIRST, h)) for h in "AB"], FIRST),
+        HALF.replace("layers.0", "layers.2"): torch.ones(4, 16),
+        HALF.replace("layers.0", "layers.2").replace("lora_A", "lora_B"): torch.ones(32, 4)}),
+        "layers.2"),
+    "fewer layers": (lambda t: [t.pop(peft_folder.KEY.format(FIRST, h)) for h in "AB"], FIRST),
 }
 
 
@@ -156,7 +158,7 @@ TENSORS = {
 def test_a_damaged_adapter_is_refused_by_name(tmp_path, change, words):
     """Nothing missing, nothing left, nothing that is not a number; the model stays as it was.
 
-    Red: lora.py:read: `t.isfinite().all()` -> `True`
+    Red: peft_folder.py:read: `t.isfinite().all()` -> `True`
     """
     lora.save(adapted(), tmp_path, "base")
     tamper(tmp_path, change)
@@ -170,7 +172,7 @@ def test_a_damaged_adapter_is_refused_by_name(tmp_path, change, words):
 def test_a_missing_or_broken_adapter_file_is_named(tmp_path, name):
     """One file gone, then there but cut short.
 
-    Red: lora.py:read: `{missing[0]} is missing` -> `a file is missing`
+    Red: peft_folder.py:read: `{missing[0]} is missing` -> `a file is missing`
     """
     lora.save(adapted(), tmp_path, "base")
     data = (tmp_path / name).read_bytes()
@@ -208,8 +210,8 @@ def test_a_merged_folder_is_the_adapted_model(tmp_path, capsys, sharded):
     """float32 logits within 1e-5; tokenizer and chat template come along, a second copy of the
     weights under other names does not.
 
-    Red: lora.py:merge_folders: `+ scale * b @ a` -> `+ b @ a`
-    Red: lora.py:merge_folders: `[!c]*.safetensors` -> `*.safetensors`
+    Red: peft_folder.py:merge: `+ scale * b @ a` -> `+ b @ a`
+    Red: peft_folder.py:merge: `[!c]*.safetensors` -> `*.safetensors`
     """
     arguments, want = folders(tmp_path)
     save_file({"layers.0.wq": torch.ones(1)}, tmp_path / "base/consolidated.safetensors")
@@ -227,7 +229,7 @@ def test_a_merged_folder_is_the_adapted_model(tmp_path, capsys, sharded):
 def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once(tmp_path):
     """bf16(float32(W) + scale * B A), in every adapted layer; the others are untouched.
 
-    Red: lora.py:merge_folders: `scale * b @ a` -> `(scale * b @ a).bfloat16()`
+    Red: peft_folder.py:merge: `scale * b @ a` -> `(scale * b @ a).bfloat16()`
     """
     lora.main(folders(tmp_path, torch.bfloat16)[0])
     base, net = tiny.transformer(dtype=torch.bfloat16), adapted(torch.bfloat16)

@@ -7,6 +7,7 @@ import tiny
 import torch
 from test_model import LLAMA3, every_family
 
+import backward
 import model
 
 
@@ -32,7 +33,7 @@ def test_extending_in_pieces_is_one_forward_pass(changes, pieces):
 def test_a_query_sees_exactly_window_keys():
     """One layer, window 3: the output at 8 depends on 6, 7, 8 and on nothing before.
 
-    Red: model.py:attention_mask: `query - (window or keys)` -> `query - (window or keys) - 1`
+    Red: packing.py:attention_mask: `query - (window or keys)` -> `query - (window or keys) - 1`
     """
     net = tiny.transformer(num_hidden_layers=1, sliding_window=3)
     ids, seen = tiny.batch(((4, 5),))[0], []
@@ -54,7 +55,7 @@ def test_attention_is_the_textbook_sum_over_its_keys(window):
     layer, x = net.model.layers[0].self_attn, noise(1, 6, tiny.D)
     cos, sin = model.rotary_tables(net.config, torch.arange(6), torch.float64)
     q, k, v = (p(x)[0].view(6, -1, 8) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
-    q, k = (model.rotate(z.transpose(0, 1), cos, sin).transpose(0, 1) for z in (q, k))
+    q, k = (backward.turn(z.transpose(0, 1), cos, sin).transpose(0, 1) for z in (q, k))
     want = torch.zeros(6, 4, 8, dtype=torch.float64)
     for t, h in itertools.product(range(6), range(4)):
         keys = range(max(0, t + 1 - (window or 6)), t + 1)
@@ -68,13 +69,13 @@ def test_attention_is_the_textbook_sum_over_its_keys(window):
 def test_rotary_scores_depend_on_differences_only(changes):
     """q at m against k at n scores as q at m + 17 against k at n + 17.
 
-    Red: model.py:rotate: `(-second, first)` -> `(second, first)`
+    Red: backward.py:turn: `value=-1` -> `value=1`
     """
     settings = model.ModelConfig.from_dict(tiny.config(**changes))
     q, k = noise(2, 6, settings.head_dim)
     near, far = (model.rotary_tables(settings, torch.arange(6) + start, torch.float64)
                  for start in (0, 17))
-    scores = [model.rotate(q, *t) @ model.rotate(k, *t).T for t in (near, far)]
+    scores = [backward.turn(q, *t) @ backward.turn(k, *t).T for t in (near, far)]
     torch.testing.assert_close(*scores, rtol=0, atol=1e-12)
 
 
@@ -130,7 +131,7 @@ def test_qwen_biases_and_head_norms_exist_and_matter(kind, owned):
 def test_a_bfloat16_norm_is_the_exact_norm_rounded_once():
     """One rounding, of the result: the mean of squares is a float32 sum.
 
-    Red: model.py:RMSNorm.forward: `x.to(torch.promote_types(x.dtype, torch.float32))` -> `x`
+    Red: backward.py:RMSNorm.forward: `dtype=promoted(x)` -> `dtype=x.dtype`
     """
     x = (3 * noise(512)).to(torch.bfloat16)
     exact = x.double() * torch.rsqrt(x.double().square().mean() + 1e-5)

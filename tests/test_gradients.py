@@ -207,23 +207,23 @@ def test_uft_turns_away_from_sft_once_the_rows_differ_in_their_log_ratios():
     assert 1 - cosines[0] < 1e-12 and 1 - cosines[1] > 1e-3
 
 
-def test_uft_gradient_in_the_logits_is_one_scalar_per_sequence(monkeypatch):
-    """dL/dz_t = (dL/dl) (onehot(y_t) - p_t) for every response token t.
+def test_uft_gradient_before_the_head_is_one_scalar_per_sequence(monkeypatch):
+    """dL/dh_t = (dL/dl) (onehot(y_t) - p_t) W for the state h_t before every response token t.
 
-    Red: model.py:Transformer.response_logps: `ids_BT[row, position]` -> `ids_BT[row, position - 1]`
+    Red: packing.py:pack: `ids_BT[row, where]` -> `ids_BT[row, where - 1]`
     Red: losses.py:uft: `- rewards` -> `- 0.5 * rewards`
     """
     net, seen = policy(noise=0.05), []
 
-    def spy(hidden):
-        seen.append(type(net).logits(net, hidden))
+    def spy(packed, checkpointing):
+        seen.append(type(net).packed(net, packed, checkpointing))
         return seen[-1]
 
-    monkeypatch.setattr(net, "logits", spy)
+    monkeypatch.setattr(net, "packed", spy)
     l, l0, n = score(net)
-    z = seen[1]  # the reference's come first
-    got = torch.autograd.grad(losses.uft(l, l0, RATINGS, BETA).sum(), z)[0]
+    got = torch.autograd.grad(losses.uft(l, l0, RATINGS, BETA).sum(), seen[1])[0]  # 0: reference's
     ids, mask = tiny.batch(LENGTHS)
     with torch.no_grad():
         weight = weights("uft", l, l0, n).repeat_interleave(n)[:, None]
-        close(got, weight * (one_hot(ids[mask], tiny.V) - z.softmax(-1)), 1e-12)
+        p = net.logits(seen[1]).softmax(-1)
+        close(got, weight * (one_hot(ids[mask], tiny.V) - p) @ net.lm_head.weight, 1e-12)

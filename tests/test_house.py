@@ -1,7 +1,8 @@
 """The shape of the house, read from the sources with ast: floors, caps, honesty of signatures.
 
 A file stands on a floor and imports only from lower ones. A class, and a function of more than six
-lines, has a docstring; `main` (its parser describes it), dunders and `forward` may do without.
+lines, has a docstring; `main` (its parser describes it), dunders, `forward` and `backward` (their
+class does) may do without.
 """
 import ast
 import re
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = (("losses", "policy_gradients", "data", "tokens", "lora", "model", "config"),
+FLOORS = (("architecture", "backward", "peft_folder"), ("packing",),
+          ("losses", "policy_gradients", "data", "tokens", "lora", "model", "config"),
           ("generate", "checkpoint", "report", "parallel", "mixture", "page"),
           ("questions", "rollouts"), ("evaluate",), ("exam",), ("train",))
 CAPS = {
-    "losses.py": 280, "policy_gradients.py": 250, "data.py": 340, "tokens.py": 300, "lora.py": 270,
-    "model.py": 400, "config.py": 112, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,
+    "losses.py": 280, "policy_gradients.py": 250, "data.py": 340, "tokens.py": 300, "lora.py": 230,
+    "peft_folder.py": 110, "architecture.py": 110, "backward.py": 330, "packing.py": 120,
+    "model.py": 330, "config.py": 112, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 120, "report.py": 170, "parallel.py": 120, "mixture.py": 80,
     "page.py": 240, "questions.py": 175, "rollouts.py": 190, "train.py": 360, "README.md": 150}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
@@ -112,7 +115,7 @@ def test_every_class_and_every_longer_function_has_a_docstring(name):
     """Red: tests/test_house.py:length: `+ 1` -> `+ 5`
     Red: evaluate.py:measure: `\"\"\"Means` -> `_ = \"\"\"Means`"""
     for node in nodes(name, ast.FunctionDef, ast.ClassDef):
-        free = re.fullmatch(r"main|forward|__\w+__", node.name) or (
+        free = re.fullmatch(r"main|forward|backward|__\w+__", node.name) or (
             isinstance(node, ast.FunctionDef) and length(node) <= 6)
         assert free or ast.get_docstring(node), node.name
 

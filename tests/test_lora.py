@@ -236,7 +236,7 @@ def test_a_target_that_matches_nothing_is_an_error(targets):
 def test_an_adapter_on_the_head_moves_the_logps():
     """The head is a layer like the others: its adapter learns, and merging it changes nothing.
 
-    Red: model.py:Transformer.logits: `self.lm_head(hidden)` -> `hidden @ self.lm_head.weight.T`
+    Red: lora.py:LoRALinear.total: `self.weight + self.delta()` -> `self.weight`
     """
     net, base = adapted(targets=("lm_head",)), tiny.transformer()
     want = logits(net)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import backward
 import lora
 import model
 
@@ -43,7 +44,7 @@ def adapted(dtype: torch.dtype, dropout: float = 0.0, **changes) -> model.Transf
 def test_right_padding_never_changes_logps(changes):
     """Every row alone, and behind five more columns of junk, has the logps it has in its batch.
 
-    Red: model.py:Attention.forward: `mask is None and len(x_BTD[0]) > 1` -> `False`
+    Red: packing.py:pack: `ids_BT[row, shared:end]` -> `ids_BT[row, shared:end].flip(0)`
     """
     net, (ids, mask) = tiny.transformer(**changes), tiny.batch()
     together, rows = sums(net, ids, mask), range(len(ids))
@@ -57,7 +58,7 @@ def test_right_padding_never_changes_logps(changes):
 def test_batch_composition_and_row_order_never_change_logps(changes):
     """A permuted batch has permuted logps, and a row does not know its neighbours.
 
-    Red: model.py:RMSNorm.forward: `.mean(-1, keepdim=True)` -> `.mean((0, -1), keepdim=True)`
+    Red: backward.py:RMSNorm.forward: `dim=-1` -> `dim=(-2, -1)`
     """
     net, (ids, mask) = tiny.transformer(**changes), tiny.batch()
     together, order = sums(net, ids, mask), torch.tensor([2, 0, 1])
@@ -70,7 +71,7 @@ def test_batch_composition_and_row_order_never_change_logps(changes):
 def test_no_position_sees_a_later_one(changes):
     """Another token at t moves the hidden state at t and none before it.
 
-    Red: model.py:attention_mask: `(key <= query)` -> `(key <= query + 1)`
+    Red: packing.py:attention_mask: `(key <= query)` -> `(key <= query + 1)`
     """
     net, ids = tiny.transformer(**changes), tiny.batch(((2, 8),))[0]
     before = net(ids)
@@ -86,7 +87,7 @@ def test_no_position_sees_a_later_one(changes):
 def test_checkpointing_changes_no_gradient(changes):
     """With dropout on and one seed the adapters' gradients are equal bit for bit.
 
-    Red: model.py:Transformer.forward: `=False)` -> `=False, preserve_rng_state=False)`
+    Red: model.py:Transformer.packed: `=False)` -> `=False, preserve_rng_state=False)`
     """
     net, (ids, mask) = adapted(torch.float32, dropout=0.3, **changes), tiny.batch()
     wanted = [p for p in net.parameters() if p.requires_grad]
@@ -103,7 +104,7 @@ def test_checkpointing_changes_no_gradient(changes):
 def test_logps_are_minus_the_cross_entropy_of_the_full_logits(changes):
     """sum of log pi(y_t | x, y_<t) == -cross_entropy(logits[:-1], labels[1:], sum).
 
-    Red: model.py:Transformer.response_logps: `position - 1` -> `position`
+    Red: packing.py:pack: `where - 1 - lead` -> `where - lead`
     """
     net, (ids, mask) = tiny.transformer(**changes), tiny.batch()
     labels = ids.where(mask, -100)[:, 1:]
@@ -130,9 +131,9 @@ class Largest(TorchDispatchMode):
 def test_the_head_never_builds_the_logits_of_all_positions(monkeypatch):
     """Forward and backward together: 17 rows of logits at a time, of 29 to score.
 
-    Red: model.py: `HEAD_CHUNK), target_N.split(HEAD_CHUNK)` -> `99), target_N.split(99)`
+    Red: backward.py:tiles: `TILE // vocabulary` -> `2 * TILE // vocabulary`
     """
-    monkeypatch.setattr(model, "HEAD_CHUNK", 17)
+    monkeypatch.setattr(backward, "TILE", 17 * 211)
     net, (ids, mask) = adapted(torch.float64, vocab_size=211), tiny.batch(((3, 20), (2, 9)))
     with Largest(211) as largest:
         net.response_logps(ids, mask, checkpointing=True)[0].sum().backward()
@@ -142,7 +143,7 @@ def test_the_head_never_builds_the_logits_of_all_positions(monkeypatch):
 def test_no_logits_wait_for_the_backward_pass():
     """Of everything autograd keeps, only the head's own weight has V columns or rows.
 
-    Red: model.py: `[checkpoint(` -> `[(lambda f, *a, **_: f(*a))(`
+    Red: backward.py:TargetLogps.forward: `backward(slope_ND,` -> `backward(logp,`
     """
     net, (ids, mask) = adapted(torch.float64, vocab_size=211), tiny.batch()
     shapes = []
@@ -154,12 +155,12 @@ def test_no_logits_wait_for_the_backward_pass():
 def test_the_chunk_size_changes_neither_logps_nor_gradients(monkeypatch):
     """One position at a time, five, or all at once.
 
-    Red: model.py: `for h, t in chunks]` -> `for h, t in reversed(list(chunks))]`
+    Red: backward.py:TargetLogps.forward: `out=slope_ND[rows]` -> `out=slope_ND[:len(mean)]`
     """
     net, (ids, mask) = adapted(torch.float64), tiny.batch()
     wanted, seen = [p for p in net.parameters() if p.requires_grad], []
     for chunk in (1, 5, 1024):
-        monkeypatch.setattr(model, "HEAD_CHUNK", chunk)
+        monkeypatch.setattr(backward, "TILE", chunk * tiny.V)
         logps = net.response_logps(ids, mask)[0]
         weights = torch.arange(logps.numel()).view_as(logps)  # tells positions apart
         seen.append([logps, *torch.autograd.grad((logps * weights).sum(), wanted)])
@@ -171,7 +172,7 @@ def test_the_chunk_size_changes_neither_logps_nor_gradients(monkeypatch):
 def test_gradients_of_logps_are_those_of_the_plain_log_softmax(changes):
     """Every parameter, head and embedding included.
 
-    Red: model.py: `self.token_logps, h, t` -> `self.token_logps, h.detach(), t`
+    Red: backward.py:TargetLogps.backward: `.exp_().neg_()` -> `.exp_()`
     """
     net, (ids, mask) = tiny.transformer(**changes).requires_grad_(), tiny.batch()
     names, weights = zip(*net.named_parameters(), strict=True)
@@ -185,7 +186,7 @@ def test_gradients_of_logps_are_those_of_the_plain_log_softmax(changes):
 def test_probabilities_of_all_answers_sum_to_one():
     """sum of pi(y | x) over the y that end within 4 tokens, plus the unfinished tail, is 1.
 
-    Red: model.py:Transformer.response_logps: `position - 1` -> `position`
+    Red: packing.py:pack: `where - 1 - lead` -> `where - lead`
     """
     net, eos, others = tiny.transformer(vocab_size=4), 2, (0, 1, 3)
     total = 0.0
@@ -201,7 +202,7 @@ def test_probabilities_of_all_answers_sum_to_one():
 def test_logps_are_zero_outside_the_mask_and_blind_to_text_behind_it():
     """The row [x x x y y EOS z z]: no z and no label of an x enters the sum.
 
-    Red: model.py: `index_put((row, position)` -> `index_put((row, position - 1)`
+    Red: packing.py:pack: `row * len(scored) + where)` -> `row * len(scored) + where - 1)`
     """
     net, ids = tiny.transformer(), tiny.batch(((3, 5),))[0]
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0]]).bool()
@@ -214,7 +215,7 @@ def test_logps_are_zero_outside_the_mask_and_blind_to_text_behind_it():
 def test_a_zero_head_gives_every_token_minus_log_v():
     """log(1/23) a token, so twice the tokens are twice the sum.
 
-    Red: model.py:Transformer.token_logps: `-F.cross_entropy` -> `F.cross_entropy`
+    Red: backward.py:log_softmax: `.log_softmax(-1)` -> `.softmax(-1)`
     """
     net, (ids, mask) = tiny.transformer(), tiny.batch(((2, 3), (2, 6)))
     net.lm_head.weight.zero_()
@@ -226,7 +227,7 @@ def test_a_zero_head_gives_every_token_minus_log_v():
 def test_policy_minus_reference_is_exactly_zero_at_the_first_step(dtype):
     """Not 1e-7: zero, whatever the weights are, and the logps are float32 at least.
 
-    Red: model.py: `torch.promote_types(hidden.dtype, torch.float32)` -> `hidden.dtype`
+    Red: backward.py:promoted: `torch.promote_types(x.dtype, torch.float32)` -> `x.dtype`
     """
     net, (ids, mask) = tiny.transformer(dtype=dtype), tiny.batch()
     lora.inject(net.train(), 4, 8)

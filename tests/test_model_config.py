@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 
+import architecture
 import model
 
 STORIES = Path(__file__).resolve().parents[1].parent / "shared/data/models/stories260k"
@@ -44,7 +45,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 def test_old_and_new_rotary_keys_give_equal_models(old, new):
     """rope_theta with rope_scaling {type or rope_type}, or rope_parameters; the new one wins.
 
-    Red: model.py:rope_parameters: `rope.get("type", "default")` -> `"default"`
+    Red: architecture.py:rope_parameters: `rope.get("type", "default")` -> `"default"`
     """
     ids, nets = tiny.batch()[0], [tiny.transformer(**old), tiny.transformer(rope_parameters=new),
                                   tiny.transformer(rope_parameters=new, rope_scaling={"type": "x"})]
@@ -70,11 +71,11 @@ def test_config_json_is_written_with_both_spellings(tmp_path):
 def test_an_absent_head_dim_is_128_for_qwen3_and_hidden_over_heads_elsewhere():
     """16 / 4 = 4; a present one always wins.
 
-    Red: model.py:ModelConfig.from_dict: `128 if kind == "qwen3" else ` -> ``
+    Red: architecture.py:ModelConfig.from_dict: `128 if kind == "qwen3" else ` -> ``
     """
-    sizes = {k: settings(k, without="head_dim").head_dim for k in model.SUPPORTED}
+    sizes = {k: settings(k, without="head_dim").head_dim for k in architecture.SUPPORTED}
     assert sizes == {"llama": 4, "mistral": 4, "qwen2": 4, "qwen3": 128}
-    assert {settings(k).head_dim for k in model.SUPPORTED} == {8}
+    assert {settings(k).head_dim for k in architecture.SUPPORTED} == {8}
 
 
 @pytest.mark.parametrize("kind, changes, windows", [
@@ -91,7 +92,7 @@ def test_an_absent_head_dim_is_128_for_qwen3_and_hidden_over_heads_elsewhere():
 def test_windows_follow_the_rules_of_each_family(kind, changes, windows):
     """Qwen slides from max_window_layers on if use_sliding_window; layer_types wins.
 
-    Red: model.py:attention_windows: `not raw.get("use_sliding_window")` -> `False`
+    Red: architecture.py:attention_windows: `not raw.get("use_sliding_window")` -> `False`
     """
     assert settings(kind, **changes).windows == windows
 
@@ -99,10 +100,10 @@ def test_windows_follow_the_rules_of_each_family(kind, changes, windows):
 def test_an_absent_window_is_4096_for_mistral_only():
     """null is none for all.
 
-    Red: model.py:attention_windows: `4096 if kind == "mistral" else None` -> `None`
+    Red: architecture.py:attention_windows: `4096 if kind == "mistral" else None` -> `None`
     """
     windows = {k: settings(k, without="sliding_window", use_sliding_window=True,
-                           max_window_layers=0).windows[0] for k in model.SUPPORTED}
+                           max_window_layers=0).windows[0] for k in architecture.SUPPORTED}
     assert windows == {"llama": None, "mistral": 4096, "qwen2": None, "qwen3": None}
 
 
@@ -134,7 +135,7 @@ REFUSED = [
 def test_a_config_that_is_not_implemented_is_refused_by_name(tmp_path, changes, words):
     """Never a silent default that changes the mathematics.
 
-    Red: model.py:ModelConfig.from_dict: `"attention_bias", "mlp_bias"` -> `"mlp_bias"`
+    Red: architecture.py:ModelConfig.from_dict: `"attention_bias", "mlp_bias"` -> `"mlp_bias"`
     """
     (tmp_path / "config.json").write_text(json.dumps(tiny.config() | changes))
     with pytest.raises(ValueError, match=words):

@@ -227,7 +227,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(base, files, tmp_pat
 
 
 def test_gradient_checkpointing_changes_no_metric():
-    """Red: model.py:Transformer.forward: `checkpoint(block, x_BTD` -> `checkpoint(block, -x_BTD`"""
+    """Red: model.py:Transformer.packed: `block.packed, x_1ND` -> `block.packed, -x_1ND`"""
     plain, saved = (step(policy(), units_of("uft"), settings(gradient_checkpointing=c))[0]
                     for c in (False, True))
     assert plain == pytest.approx(saved, rel=1e-12, abs=1e-12)

@@ -14,6 +14,7 @@ from test_model_peers import float64_islands, ids, near, peer, random_peer
 from transformers import AutoModelForCausalLM
 
 import lora
+import peft_folder
 import model
 
 PATTERNS = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "lora_alpha": 6,
@@ -61,7 +62,7 @@ def logits(net: torch.nn.Module) -> torch.Tensor:
         return net(ids((3, 17)), use_cache=False).logits
 
 
-def peft_folder(tmp_path: Path, config: dict, kind: str = "mistral") -> torch.Tensor:
+def from_peft(tmp_path: Path, config: dict, kind: str = "mistral") -> torch.Tensor:
     """Writes base/ and adapter/ with peft; the logits they give there."""
     random_peer(tmp_path / "base", model_type=kind)
     net = randomise(get_peft_model(peer(tmp_path / "base", torch.float32, "sdpa"),
@@ -77,9 +78,9 @@ def peft_folder(tmp_path: Path, config: dict, kind: str = "mistral") -> torch.Te
 def test_an_adapter_of_peft_opens_here(tmp_path, config):
     """Logits within 1e-10, whatever the spelling of targets, ranks and scales.
 
-    Red: lora.py:read: `math.sqrt(r) if` -> `r if`
+    Red: peft_folder.py:read: `math.sqrt(r) if` -> `r if`
     """
-    want = peft_folder(tmp_path, config)
+    want = from_peft(tmp_path, config)
     net = ours_in(tmp_path / "base", tmp_path / "adapter")
     near(logits(net), want, 1e-10)
 
@@ -90,7 +91,7 @@ def test_an_adapter_written_again_here_still_opens_in_peft(tmp_path, config):
 
     Red: lora.py:save: `"alpha_pattern": {n: a` -> `"alpha_pattern": {n: 1.0`
     """
-    want = peft_folder(tmp_path, config)
+    want = from_peft(tmp_path, config)
     net = ours_in(tmp_path / "base", tmp_path / "adapter")
     lora.save(net, tmp_path / "again", str(tmp_path / "base"))
     base = peer(tmp_path / "base", torch.float32, "sdpa")
@@ -136,7 +137,7 @@ def test_initialisations_that_change_the_base_are_refused(tmp_path, init):
 def test_a_merged_folder_opens_in_transformers(tmp_path, kind, dtype, tied):
     """The adapted model's logits within 1e-5; a bfloat16 base stays one.
 
-    Red: lora.py:merge_folders: `+ scale * b @ a` -> `+ b @ a`
+    Red: peft_folder.py:merge: `+ scale * b @ a` -> `+ b @ a`
     """
     random_peer(tmp_path / "float32", model_type=kind, tie_word_embeddings=tied)
     model.save(model.load(tmp_path / "float32", dtype), tmp_path / "base")
@@ -156,12 +157,12 @@ def test_a_merged_folder_opens_in_transformers(tmp_path, kind, dtype, tied):
 def test_a_sharded_folder_of_transformers_is_merged_shard_by_shard(tmp_path):
     """Same shard names and index; logits within 1e-5 in transformers.
 
-    Red: lora.py:merge_folders: `out / shard` -> `out / "model.safetensors"`
+    Red: peft_folder.py:merge: `out / shard` -> `out / "model.safetensors"`
     """
-    want = peft_folder(tmp_path, CONFIGS["plain"])
+    want = from_peft(tmp_path, CONFIGS["plain"])
     peer(tmp_path / "base", torch.float32, "sdpa").save_pretrained(
         tmp_path / "shards", max_shard_size="100KB")
-    lora.merge_folders(tmp_path / "shards", tmp_path / "adapter", tmp_path / "out")
+    peft_folder.merge(tmp_path / "shards", tmp_path / "adapter", tmp_path / "out")
     index = "model.safetensors.index.json"
     files = set(json.loads((tmp_path / "out" / index).read_text())["weight_map"].values())
     assert len(files) > 2 and files == {f.name for f in (tmp_path / "out").glob("*.safetensors")}
@@ -174,7 +175,7 @@ def test_merged_weights_are_those_of_peft(tmp_path, config):
 
     Red: lora.py:merge: `sign * layer.delta()` -> `2 * sign * layer.delta()`
     """
-    peft_folder(tmp_path, config)
+    from_peft(tmp_path, config)
     net = ours_in(tmp_path / "base", tmp_path / "adapter")
     base = peer(tmp_path / "base", torch.float32, "sdpa")
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").double().merge_and_unload()

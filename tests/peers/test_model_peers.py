@@ -104,7 +104,7 @@ def test_float32_logits_are_those_of_transformers(tmp_path, changes, attention):
 def test_float64_logits_are_those_of_transformers_computed_in_float64(tmp_path, changes):
     """Within 1e-10: one weight off by 1e-6 shows as 1e-8, a wrong epsilon as 1e-4.
 
-    Red: model.py:RMSNorm.forward: `+ self.eps` -> `+ 1.0001 * self.eps`
+    Red: model.py:RMSNorm.forward: `self.eps` -> `1.0001 * self.eps`
     """
     random_peer(tmp_path, **copy.deepcopy(changes))
     ours = model.load(tmp_path, torch.float64)
@@ -119,7 +119,7 @@ def test_float64_logits_are_those_of_transformers_computed_in_float64(tmp_path, 
 def test_token_logps_are_those_of_transformers(tmp_path, changes):
     """A right-padded batch here against each row alone there, within 5e-5.
 
-    Red: model.py:Transformer.response_logps: `position - 1` -> `position`
+    Red: packing.py:pack: `where - 1 - lead` -> `where - lead`
     """
     random_peer(tmp_path, **copy.deepcopy(changes))
     theirs, ours = peer(tmp_path, torch.float32, "sdpa"), model.load(tmp_path, torch.float32)
@@ -155,7 +155,7 @@ def test_a_folder_written_here_opens_in_transformers(tmp_path, changes, dtype):
 def test_a_config_in_the_old_spelling_reads_the_same(tmp_path, changes):
     """rope_theta and rope_scaling as transformers 4 wrote them.
 
-    Red: model.py:rope_parameters: `or raw.get("rope_scaling")` -> ``
+    Red: architecture.py:rope_parameters: `or raw.get("rope_scaling")` -> ``
     """
     random_peer(tmp_path, **copy.deepcopy(changes))
     new, path = model.load(tmp_path, torch.float64), tmp_path / "config.json"

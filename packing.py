@@ -1,0 +1,96 @@
+"""Rows of tokens without their padding: what runs, and which keys each token may see.
+
+Every layer but attention treats a token alone, so the tokens of all rows stand behind one another
+as one long row, (1, N, D), and nothing is computed for padding, for text behind a response, or for
+the last token of a response, which predicts nothing. Rows that begin alike up to their response (a
+pair) run that prompt once: the later row is a segment that goes on from the earlier one's keys.
+Letters: B rows, T tokens, N tokens that run, M of them that predict, S scored tokens, H heads,
+G kv heads, K head size.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import backward
+
+
+Segment = tuple[slice, slice, slice]  # its queries, its tokens, the prompt it goes on from
+
+
+class Packed(NamedTuple):
+    """A batch as segments, one a row that scores anything."""
+
+    ids: Tensor  # (1, N)
+    positions: Tensor  # (N,) place in its own row, where rotary angles start anew
+    segments: list[Segment]
+    kept: Tensor  # (M,) the tokens that predict: all that the last layer works out
+    final: list[Segment]  # the segments there, queries counted among the M
+    source: Tensor  # (S,) place among the M of the token that predicts a scored one
+    target: Tensor  # (S,) the scored token
+    place: Tensor  # (S,) its place in the flattened (B, T)
+
+
+def pack(ids_BT: Tensor, response_mask_BT: Tensor, device: torch.device) -> Packed:
+    """Drops what no scored token needs. Reads its arguments on the CPU, answers on `device`."""
+    ids_BT, mask_BT = ids_BT.cpu(), response_mask_BT.cpu()
+    segments, final, parts, prompts, start, tail = [], [], [], {}, 0, 0
+    for row, scored in enumerate(mask_BT):
+        if not len(where := scored.nonzero()[:, 0]):
+            continue
+        first, end = int(where[0]), int(where[-1])
+        assert first > 0, "position 0 has nothing before it to predict it"
+        # where these very tokens stand already, and the last of them among the kept
+        prompt, ready = prompts.setdefault(
+            tuple(ids_BT[row, :first].tolist()), (slice(start, start + first), tail))
+        shared = first if prompt.start < start else 0
+        position = torch.arange(shared, end)
+        lead = shared or first - 1  # the row's first token that predicts, unless the prompt's did
+        kept = position[lead - shared:]
+        rows = slice(start, start + len(position))
+        prompt = prompt if shared else slice(0, 0)
+        segments.append((rows, rows, prompt))
+        final.append((slice(tail, tail + len(kept)), rows, prompt))
+        parts.append((ids_BT[row, shared:end], position, kept - shared + start,
+                      torch.where(where == first, ready, tail + where - 1 - lead),
+                      ids_BT[row, where], row * len(scored) + where))
+        start, tail = start + len(position), tail + len(kept)
+    ids, positions, kept, source, target, place = (
+        torch.cat(x).to(device, non_blocking=True) for x in zip(*parts, strict=True))
+    return Packed(ids[None], positions, segments, kept, final, source, target, place)
+
+
+def attention_mask(queries: int, keys: int, window: int | None,
+                   device: torch.device) -> Tensor | None:
+    """(queries, keys) True where the last `queries` positions may look; None for plain causal."""
+    if queries in (1, keys) and (window is None or window >= keys):
+        return None
+    key = torch.arange(keys, device=device)
+    query = key[keys - queries:, None]
+    return (key <= query) & (key > query - (window or keys))
+
+
+def attend(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int | None) -> Tensor:
+    """Causal attention of the last T positions, (B, H, T, K)."""
+    mask = attention_mask(q_BHTK.shape[2], k_BGTK.shape[2], window, q_BHTK.device)
+    causal = mask is None and q_BHTK.shape[2] > 1
+    return F.scaled_dot_product_attention(
+        q_BHTK, k_BGTK, v_BGTK, mask, is_causal=causal, enable_gqa=True)
+
+
+def attend_packed(q_MHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, segments: list[Segment],
+                  window: int | None) -> Tensor:
+    """Attention of each segment's queries to its own tokens and the prompt before, (M, H, K).
+
+    On the CPU by backward.py's chunks; elsewhere by torch's own kernel, a segment at a time.
+    """
+    if q_MHK.device.type == "cpu":
+        return backward.SegmentAttention.apply(q_MHK, k_NGK, v_NGK, segments, window)
+    q, out = q_MHK.split([s.stop - s.start for s, _, _ in segments]), []
+    k, v = (x.split([s.stop - s.start for _, s, _ in segments]) for x in (k_NGK, v_NGK))
+    for i, (_, _, prompt) in enumerate(segments):
+        keys, values = torch.cat((k_NGK[prompt], k[i])), torch.cat((v_NGK[prompt], v[i]))
+        part = (x.transpose(0, 1)[None] for x in (q[i], keys, values))
+        out.append(attend(*part, window)[0].transpose(0, 1))
+    return torch.cat(out)
