@@ -73,23 +73,21 @@ def test_the_offsets_of_a_file_take_8_bytes_a_row(tmp_path):
 
 
 def rows():
-    """Rows of every format, prompts in runs and alone, some unusable and some too long."""
+    """Rows in runs of one prompt and mostly of one format, some unusable and some too long."""
     draw, out = random.Random(0), []
-    for _ in range(150):
-        prompt = f"Say {draw.randrange(100)}."
-        for _ in range(draw.choice((1, 1, 2, 2, 3, 4))):
+    for _ in range(120):
+        prompt, kinds = f"Say {draw.randrange(90)}.", draw.choice((range(1), range(1, 2), range(7)))
+        for _ in range(draw.randrange(1, 6)):
             answer = draw.choice(("one", "two", "three", " ", "long " * 60))
-            other = draw.choice(("four", "five", "long " * 60))
+            other, grade = draw.choice(("four", "five", "long " * 60)), draw.randrange(5)
             turns = [{"role": role, "content": text} for role, text in zip(
                 ("user", "assistant") * 2, (prompt, answer, "And?", other), strict=True)]
-            out.append(draw.choice((
-                {"score": draw.randrange(5) / 4, "response": answer},
-                {"score": draw.randrange(5) / 4, "response": answer},
-                {"label": draw.random() < 0.5, "response": answer},
-                {"chosen": answer, "rejected": other},
-                {"chosen": answer, "rejected": other, "metadata": {
-                    "score_chosen": draw.randrange(1, 4), "score_rejected": draw.randrange(1, 4)}},
-                {"messages": turns}, {"response": answer})) | {"prompt": prompt})
+            scores = {"score_chosen": grade % 2 + 1, "score_rejected": 1}
+            out.append({"prompt": prompt} | (
+                {"score": grade / 4, "response": answer}, {"label": grade > 1, "response": answer},
+                {"chosen": answer, "rejected": other}, {"messages": turns}, {"response": answer},
+                {"chosen": other, "rejected": answer},
+                {"chosen": answer, "rejected": other, "metadata": scores})[draw.choice(kinds)])
     return out
 
 
@@ -141,16 +139,14 @@ def test_row_by_row_a_file_gives_the_units_of_the_whole_file(
 
 @READS
 def test_no_prompt_that_is_held_out_of_a_sample_is_trained_on(reads, mixed, base, monkeypatch):
-    """Wherever else in the file its rows are; and pairs are held out whole.
-    Red: lines.py:Units.read: `if e.prompt not in self.held]` -> `if e.where]`
-    Red: lines.py:Units.sample: `self.begun(i, mine)` -> `mine`"""
+    """Wherever else in the file its rows are.
+    Red: lines.py:Units.read: `if e.prompt not in self.held]` -> `if e.where]`"""
     monkeypatch.setattr(mixture, "LARGE", 0)
     monkeypatch.setattr(mixture, "SAMPLE", 60)
-    (later,), _, test, *_ = load(mixed, base, reads, held_out=40)[0]
+    (later,), _, test, *_ = load(mixed, base, reads)[0]
     held = {e.prompt for unit in test for e in unit}
     used = {e.prompt for i in range(len(later)) for unit in later[i][0] for e in unit}
     assert len(held) > 5 and len(used) > 5 and not held & used
-    assert any(len(unit) == 2 and unit[0].kind == "scored" for unit in test)
 
 
 @READS
@@ -175,8 +171,10 @@ def test_a_row_by_row_stream_goes_on_from_the_place_behind_any_batch(
 
 def test_a_run_over_a_large_file_reads_a_sample_before_its_first_batch(
         tmp_path, base, monkeypatch):
-    """Not the file: 25 rows and their neighbours of 4000; its size is told as an estimate.
+    """Not the file: 25 rows and their neighbours of 4000, and the pairs that begin in them; the
+    size of an epoch is told as an estimate.
     Red: lines.py:Units.sample: `len(self), count,` -> `len(self), len(self),`
+    Red: lines.py:Units.sample: `self.begun(i, mine)` -> `mine`
     Red: mixture.py:load_data: `max(1, len(later) / SAMPLE)` -> `1`
     Red: mixture.py:load_data: `min(SAMPLE, len(later or ()))` -> `len(later or ())`"""
     path, asked = tmp_path / "rows.jsonl", []
@@ -186,12 +184,12 @@ def test_a_run_over_a_large_file_reads_a_sample_before_its_first_batch(
     monkeypatch.setattr(mixture, "SAMPLE", 25)
     read = json.loads
     monkeypatch.setattr(json, "loads", lambda *a, **k: asked.append(a) or read(*a, **k))
-    (files, weights, _, told, _, size), setup = load(path, base, "pairs", held_out=0)
+    (files, weights, test, told, _, size), setup = load(path, base, "pairs", held_out=6)
     next(mixture.stream(files, weights, setup))
-    assert len(asked) < 4 * 25 + 60
-    assert 1000 < size < 3000 and told == [
-        f"{path}: scores, about {2 * size} rows, estimated from a sample of 25; "
-        f"to train on: about {size} pairs"]
+    assert len(asked) < 4 * 25 + 60 and list(map(len, test)) == [2, 2, 2]
+    assert 1000 < size < 3000 and told == [(
+        f"{path}: scores, about {2 * size + 6 * 160} rows, estimated from a sample of 25; "
+        f"to train on: about {size} pairs")]
 
 
 def run(base, path, out, *more):
