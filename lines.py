@@ -14,6 +14,7 @@ import tokens
 from config import Config
 
 CHUNK = 2**20  # bytes scanned at a time: few enough for a processor's cache
+LONG = 64  # scores of one prompt to look back at: in a longer run those of even rows begin a pair
 
 
 class Lines:
@@ -68,7 +69,7 @@ class Units:
     def __getitem__(self, i: int) -> tuple[list[data.Unit], list[dict]]:
         """(units that begin in row i, examples of the row that are dropped)."""
         mine, lost, long, _ = self.read(i)
-        if self.reads not in ("rows", "demonstrations"):  # which do not depend on neighbours
+        if mine and self.reads not in ("rows", "demonstrations"):  # which need no neighbours
             mine = self.begun(i, mine)
         return data.units(mine, self.reads)[0], lost + long
 
@@ -84,11 +85,11 @@ class Units:
 
         A group has one prompt, so to know which two scores pair, the walk back ends where it does.
         """
-        if not mine:
-            return []
-        back = {"scored": None, "rejected": 1}.get(mine[0].kind, 0)
+        back = {"scored": LONG, "rejected": 1}.get(mine[0].kind, 0)
         run = takewhile(lambda e: e.prompt == mine[0].prompt, self.beside(i, -1))
         before = [*islice(run, back)][::-1]
+        if len(before) == LONG:
+            before = before[LONG - i % 2:]
         after = islice(self.beside(i, 1), int(mine[-1].kind in ("scored", "chosen")))
         groups = data.grouped([*before, *mine, *after])
         return [e for group in groups if any(group[0] is m for m in mine) for e in group]
@@ -104,6 +105,6 @@ class Units:
         found = [], [], [], []
         for i in np.sort(picks).tolist():
             mine, *rest = self.read(i)
-            for column, more in zip(found, (self.begun(i, mine), *rest), strict=True):
+            for column, more in zip(found, (mine and self.begun(i, mine), *rest), strict=True):
                 column.extend(more)
         return found

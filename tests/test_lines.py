@@ -119,7 +119,7 @@ READS = pytest.mark.parametrize("reads", ["groups", "rows", "demonstrations", "p
 def test_row_by_row_a_file_gives_the_units_of_the_whole_file(
         reads, held_out, mixed, base, monkeypatch):
     """Same pairs, same rows held out, same rows dropped, same size of an epoch.
-    Red: lines.py:Units.begun: `"scored": None` -> `"scored": 1`
+    Red: lines.py:Units.begun: `"scored": LONG` -> `"scored": 1`
     Red: lines.py:Units.begun: `"rejected": 1` -> `"rejected": 0`
     Red: lines.py:Units.begun: `in ("scored", "chosen")` -> `in ("scored",)`
     Red: lines.py:Units.read: `if e.prompt not in self.held]` -> `if e.prompt]`
@@ -174,7 +174,7 @@ def test_a_run_over_a_large_file_reads_a_sample_before_its_first_batch(
     """Not the file: 25 rows and their neighbours of 4000, and the pairs that begin in them; the
     size of an epoch is told as an estimate.
     Red: lines.py:Units.sample: `len(self), count,` -> `len(self), len(self),`
-    Red: lines.py:Units.sample: `self.begun(i, mine)` -> `mine`
+    Red: lines.py:Units.sample: `mine and self.begun(i, mine)` -> `mine`
     Red: mixture.py:load_data: `max(1, len(later) / SAMPLE)` -> `1`
     Red: mixture.py:load_data: `min(SAMPLE, len(later or ()))` -> `len(later or ())`"""
     path, asked = tmp_path / "rows.jsonl", []
@@ -190,6 +190,24 @@ def test_a_run_over_a_large_file_reads_a_sample_before_its_first_batch(
     assert 1000 < size < 3000 and told == [(
         f"{path}: scores, about {2 * size + 6 * 160} rows, estimated from a sample of 25; "
         f"to train on: about {size} pairs")]
+
+
+def test_a_prompt_with_many_scores_is_paired_without_a_look_at_all_of_them(
+        tmp_path, base, monkeypatch):
+    """Each row in one pair, as in the whole file, and read 68 times at most: 300 of one prompt.
+    Red: lines.py:Units.begun: `i % 2` -> `1`
+    Red: lines.py:Units.begun: `"scored": LONG` -> `"scored": None`"""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "q", "response": "a", "score": i % 2}) + "\n"
+                            for i in range(300)))
+    (units,), *_ = load(path, base, "pairs", held_out=0)[0]
+    monkeypatch.setattr(mixture, "LARGE", 0)
+    monkeypatch.setattr(mixture, "SAMPLE", 8)
+    (later,), *_ = load(path, base, "pairs", held_out=0)[0]
+    asked, read = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda *a, **k: asked.append(a) or read(*a, **k))
+    assert named(u for i in range(300) for u in later[i][0]) == named(units) and len(units) == 150
+    assert len(asked) < 68 * 300
 
 
 def run(base, path, out, *more):

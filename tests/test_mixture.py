@@ -9,7 +9,7 @@ import tokens
 def test_stream_from_step_k_is_the_stream_without_k_batches():
     """Where every row is a unit, step k begins with row k * batch_size of the order.
     Red: mixture.py:stream: `at * (e == first)` -> `at`
-    Red: mixture.py:stream: `drawn, used = drawn + 1, 0` -> `drawn += 1`"""
+    Red: mixture.py:stream: `count(first)` -> `count(0)`"""
     files, setup = [list(range(7)), list(range(100, 103))], config.Config("m", ("d",), batch_size=4)
     whole = mixture.stream(files, [1.0, 0.5], setup)
     batches = [next(whole) for _ in range(9)]
