@@ -1,8 +1,8 @@
-"""What a stopped run needs to go on: adapter, optimizer, CPU random state and step, in a folder.
+"""What a stopped run needs to go on: adapter, optimizer, CPU random state, step, place in the data.
 
     RUN/checkpoints/step-N/   adapter_config.json  adapter_model.safetensors
                               optimizer.safetensors  state.json
-The order of the data is a function of seed and position (data.order), so the step says it all.
+The order of the data is a function of the seed and a place (mixture.stream), kept with the step.
 """
 import json
 import os

@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,19 +59,24 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
         first = file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # behind a BOM, if any
         whole = path.name.removesuffix(".gz").endswith(".json") and first == b"["
         file.seek(0)
-        for number, line in enumerate([file.read()] if whole else file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
-            except ValueError as error:
-                start = line[:80].decode("utf-8", "replace").strip()
-                raise ValueError(f"{path}:{number}: not valid JSON ({error}): {start}") from None
-            for i, row in enumerate(value if whole else [value]):
-                where = f"{path}:{number + i}" if not whole else f"{path} item {i + 1}"
-                if not isinstance(row, dict):
-                    raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
-                yield where, row
+        yield from json_lines(path, [(1, file.read())] if whole else enumerate(file, 1), whole)
+
+
+def json_lines(path: Path, lines: Iterable, whole: bool = False) -> Iterator[tuple[str, dict]]:
+    """`rows` of (number, line) pairs, or of the one that lists them all."""
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
+        except ValueError as error:
+            start = line[:80].decode("utf-8", "replace").strip()
+            raise ValueError(f"{path}:{number}: not valid JSON ({error}): {start}") from None
+        for i, row in enumerate(value if whole else [value]):
+            where = f"{path}:{number}" if not whole else f"{path} item {i + 1}"
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+            yield where, row
 
 
 def refuse_constant(name: str) -> None:
@@ -230,23 +235,29 @@ def parse(row: dict, where: str, score_range: tuple[float, float]) -> tuple[str,
 
 
 def read(path: str | Path, score_range: tuple[float, float] = (0, 1)) -> tuple[list, list, list]:
-    """(examples, dropped rows, formats seen) of a file.   ValueError names file and line."""
+    """`read_rows` of a file.   ValueError where it holds no usable row."""
+    examples, dropped, formats = read_rows(rows(Path(path)), score_range)
+    if not examples:
+        raise ValueError(f"{path} holds no usable row ({len(dropped)} dropped)")
+    return examples, dropped, formats
+
+
+def read_rows(found: Iterable, score_range: tuple[float, float]) -> tuple[list, list, list]:
+    """(examples, dropped rows, formats seen) of `rows`.   ValueError names file and line."""
     examples, dropped, formats = [], [], Counter()
-    for where, row in rows(Path(path)):
+    for where, row in found:
         try:
-            name, found = parse(row, where, score_range)
+            name, made = parse(row, where, score_range)
             formats[name] += 1
-            if not found:
+            if not made:
                 raise Skip("no assistant turn")
-            if not all(e.prompt and e.response.strip() for e in found):
+            if not all(e.prompt and e.response.strip() for e in made):
                 raise Skip("empty prompt or response")
-            examples += found
+            examples += made
         except Skip as reason:
             dropped.append({"where": where, "reason": str(reason)})
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise ValueError(f"{where}: {error}") from None
-    if not examples:
-        raise ValueError(f"{path} holds no usable row ({len(dropped)} dropped)")
     return examples, dropped, list(formats)
 
 
@@ -307,19 +318,23 @@ def hold_out(examples: Sequence, count: int, seed: int) -> set[Messages]:
     return chosen
 
 
-def order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int) -> list[tuple]:
-    """(file, row) in the order of one epoch: a pure function, so position p resumes at [p:].
+def order(sizes: Sequence[int], weights: Sequence[float], seed: int, epoch: int,
+          start: int = 0) -> Iterator[tuple[int, int]]:
+    """(file, row) in the order of one epoch, from position `start` on: a pure function.
 
     A file of weight w gives round(w * size) rows an epoch, walking its own endless sequence of
     shuffles: after any number of epochs its rows were seen equally often, give or take one.
     """
-    picks = []
-    for file, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
-        count = round(weight * size)
-        for slot in range(epoch * count, (epoch + 1) * count):
+    counts = [round(weight * size) for size, weight in zip(sizes, weights, strict=True)]
+    ends, walked, at = np.cumsum(counts), np.empty(sum(counts), np.int64), 0
+    for file, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        slot, last = epoch * count, (epoch + 1) * count
+        while slot < last:
             lap, place = divmod(slot, size)
-            picks.append((file, lap, place))
-    laps = {key: np.random.default_rng([seed, *key]).permutation(sizes[key[0]])
-            for key in {(f, lap) for f, lap, _ in picks}}
-    shuffled = np.random.default_rng([seed, epoch]).permutation(len(picks))
-    return [(f, int(laps[f, lap][place])) for f, lap, place in (picks[i] for i in shuffled)]
+            take, draw = min(size - place, last - slot), np.random.default_rng([seed, file, lap])
+            walked[at : at + take] = draw.permutation(size)[place : place + take]
+            slot, at = slot + take, at + take
+    shuffled = np.random.default_rng([seed, epoch]).permutation(at)  # in all 16 bytes a row
+    for picks in (shuffled[i : i + 4096] for i in range(start, at, 4096)):
+        files = ends.searchsorted(picks, "right")
+        yield from zip(files.tolist(), walked[picks].tolist(), strict=True)

@@ -245,25 +245,24 @@ def train(config: Config) -> Path:
     check_device(config.device)
     folder, out = model.resolve(config.model), run_folder(config)
     chat, tests = open_chat(config, folder), read_tests(config)
-    files, weights, held, told, dropped = mixture.load_data(
+    files, weights, held, told, dropped, size = mixture.load_data(
         config, chat, LOSSES[config.loss].reads)
     net, optimizer = adapted(config, folder)
-    size = sum(round(w * len(f)) for f, w in zip(files, weights, strict=True))
     steps = config.steps or math.ceil(config.epochs * size / config.batch_size)
-    state = {"step": 0, "num_tokens": 0}
+    state = {"step": 0, "num_tokens": 0, "place": (0, 0)}
     if config.resume:
         state = checkpoint.resume(net, optimizer, out, asdict(config))
     else:
         out.mkdir(parents=True, exist_ok=True)
         report.write_json(out / "config.json", asdict(config))
-    report.write_lines(out / "dropped.jsonl", dropped)
+        report.write_lines(out / "dropped.jsonl", dropped)
     print(report.header(net, config, told, len(dropped), steps, out))
     print("".join(f"test    {name}: {len(asked)} questions\n" for name, asked in tests.items()),
           end="")
     if state["step"]:
         print(f"resume  after step {state['step']}, {state['num_tokens']} tokens seen")
-    batches = mixture.stream(files, weights, config, state["step"])
-    first = next(mixture.stream(files, weights, config, 0))
+    batches = mixture.stream(files, weights, config, state["place"], out / "dropped.jsonl")
+    first, _ = next(mixture.stream(files, weights, config))
     print(report.example(first[0][0], chat))
     if not config.resume:
         print("check   " + self_check(net, first, config), flush=True)
@@ -294,7 +293,7 @@ def run_steps(
     start = state["step"]
     with bar, open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
         for step in range(start, steps):
-            clock, units = time.perf_counter(), next(batches)
+            clock, (units, place) = time.perf_counter(), next(batches)
             rate = learning_rate(step, steps, config)
             try:
                 metrics = train_step(net, optimizer, units, config, rate)
@@ -311,7 +310,7 @@ def run_steps(
             left = (now - began) / (step + 1 - start) * (steps - step - 1)
             report.step(bar, metrics, steps, left)
             if step + 1 == steps or config.save_every and (step + 1) % config.save_every == 0:
-                checkpoint.save(net, optimizer, out, state)
+                checkpoint.save(net, optimizer, out, state | {"place": place})
 
 
 def stopped(error: Exception, step: int, units: list, config: Config, out: Path) -> Exception:

@@ -3,9 +3,11 @@ import gzip
 import json
 import re
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import data
@@ -126,9 +128,9 @@ FILES = {
 @pytest.mark.parametrize(("suffix", "content"), FILES.values(), ids=FILES)
 def test_every_file_form_holds_the_same_rows(tmp_path, suffix, content, zipped):
     """Only a line feed ends a line, not U+2028 or U+0085 inside a text.
-    Red: data.py:json_rows: `"utf-8-sig"` -> `"utf-8"`
+    Red: data.py:json_lines: `"utf-8-sig"` -> `"utf-8"`
     Red: data.py:json_rows: `.removesuffix(".gz")` -> ``
-    Red: data.py:json_rows: `else file, 1)` -> `else file.read().decode().splitlines(), 1)`"""
+    Red: data.py:json_rows: `file, 1)` -> `file.read().decode().splitlines(), 1)`"""
     path = tmp_path / f"rows{suffix}{zipped}"
     path.write_bytes(gzip.compress(content) if zipped else content)
     assert [row for _, row in data.rows(path)] == list(TWO)
@@ -172,7 +174,7 @@ ERRORS = {
 @pytest.mark.parametrize("line", ERRORS, ids=range(len(ERRORS)))
 def test_a_row_that_means_nothing_is_refused_by_file_and_line(tmp_path, line):
     """The message names the file, the line, and what was found.
-    Red: data.py:json_rows: `, parse_constant=refuse_constant` -> ``
+    Red: data.py:json_lines: `, parse_constant=refuse_constant` -> ``
     Red: data.py:scaled: `type(value) not in (int, float)` -> `not isinstance(value, int | float)`
     Red: data.py:text: `value.encode()` -> `value`"""
     with pytest.raises(ValueError, match=re.escape(ERRORS[line])) as caught:
@@ -211,9 +213,9 @@ def test_a_gzip_cut_short_is_named(tmp_path):
 
 def test_rows_without_an_answer_or_a_common_prompt_are_dropped_and_counted(tmp_path):
     """Each with file, line and reason; a file that has no other is refused.
-    Red: data.py:read: `e.response.strip()` -> `e.response`
+    Red: data.py:read_rows: `e.response.strip()` -> `e.response`
     Red: data.py:read_pair: `if said != also` -> `if False`
-    Red: data.py:read: `if not found` -> `if False`"""
+    Red: data.py:read_rows: `if not made` -> `if False`"""
     bad = [{"prompt": "q", "response": " \n"}, {"prompt": [], "response": "a"},
            {"prompt": "q", "chosen": "a", "rejected": ""}, {"messages": A[:1]}, {"messages": []},
            {"chosen": f"{HH} x", "rejected": f"{HH[:-12]}s\n\nAssistant: x"},
@@ -270,7 +272,7 @@ def test_rows_of_a_file_are_seen_equally_often_give_or_take_one(weight):
     Red: data.py:order: `divmod(slot, size)` -> `divmod(slot % count, size)`"""
     seen = Counter(range(8))
     for epoch in range(4):
-        picks = data.order([8, 4], [weight, 1], seed=3, epoch=epoch)
+        picks = list(data.order([8, 4], [weight, 1], seed=3, epoch=epoch))
         assert sorted(i for file, i in picks if file == 1) == [0, 1, 2, 3]
         seen.update(i for file, i in picks if file == 0)
         assert len(picks) == 8 * weight + 4 and max(seen.values()) - min(seen.values()) <= 1
@@ -279,10 +281,48 @@ def test_rows_of_a_file_are_seen_equally_often_give_or_take_one(weight):
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone():
     """So a run that stopped at position p goes on with [p:], whatever was drawn in between.
-    Red: data.py:order: `default_rng([seed, epoch])` -> `default_rng()`"""
-    runs = {key: data.order([30], [1], *key) for key in ((5, 0), (5, 1), (6, 0), (6, 1))}
-    assert all(data.order([30], [1], *key)[11:] == run[11:] for key, run in runs.items())
-    assert len(set(map(tuple, runs.values()))) == 4
+    Red: data.py:order: `default_rng([seed, epoch])` -> `default_rng()`
+    Red: data.py:order: `range(start, at, 4096)` -> `range(0, at, 4096)`"""
+    runs = {key: tuple(data.order([30], [1], *key)) for key in ((5, 0), (5, 1), (6, 0), (6, 1))}
+    assert all(tuple(data.order([30], [1], *key, 11)) == run[11:] for key, run in runs.items())
+    assert len(set(runs.values())) == 4
+
+
+def slow_order(sizes, weights, seed, epoch):
+    """What data.order promises, a tuple a row: kept results depend on this very sequence."""
+    picks = []
+    for file, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+        count = round(weight * size)
+        picks += [(file, *divmod(s, size)) for s in range(epoch * count, (epoch + 1) * count)]
+    laps = {key: np.random.default_rng([seed, *key]).permutation(sizes[key[0]])
+            for key in {(f, lap) for f, lap, _ in picks}}
+    shuffled = np.random.default_rng([seed, epoch]).permutation(len(picks))
+    return [(f, int(laps[f, lap][place])) for f, lap, place in (picks[i] for i in shuffled)]
+
+
+@pytest.mark.parametrize("sizes, weights", [
+    ([30], [1.0]), ([9000], [1.0]), ([7, 3], [1.0, 0.5]), ([5, 0, 8], [2.5, 1.0, 0.25]),
+    ([4, 6], [0.0, 3.0]), ([1, 5000], [9.0, 1.7])])
+def test_the_order_is_the_sequence_it_has_always_been(sizes, weights):
+    """For every seed and epoch, so that kept results stay true.
+    Red: data.py:order: `draw.permutation(size)[place` -> `draw.permutation(size)[0 * place`
+    Red: data.py:order: `[seed, file, lap]` -> `[seed, lap, file]`
+    Red: data.py:order: `searchsorted(picks, "right")` -> `searchsorted(picks)`"""
+    for seed, epoch in ((0, 0), (0, 1), (3, 2), (17, 5)):
+        found = list(data.order(sizes, weights, seed, epoch))
+        assert found == slow_order(sizes, weights, seed, epoch)
+        assert all(type(number) is int for pick in found[:50] for number in pick)
+
+
+def test_the_order_of_a_million_rows_takes_16_bytes_a_row():
+    """And no more while it is made or walked: a lap and its place in memory, then the shuffle.
+    Red: data.py:order: `for picks in (shuffled[i : i + 4096]` -> `for picks in (shuffled[i:]`"""
+    tracemalloc.start()
+    for _ in data.order([10**6], [1.0], 0, 0):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 17 * 10**6
 
 
 REAL = (  # file, rows of each kind, kinds, format, rows dropped

@@ -210,7 +210,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(base, files, tmp_pat
     Red: checkpoint.py:resume: `torch.set_rng_state(tensors.pop("rng"))` -> `tensors.pop("rng")`
     Red: checkpoint.py:resume: `optimizer.state[weights[name]][part] = tensor.to(place)` -> `pass`
     Red: checkpoint.py:resume: `if not p.suffix` -> `if p`
-    Red: train.py:train: `config, state["step"])` -> `config, 0)`"""
+    Red: train.py:train: `config, state["place"]` -> `config, (0, 0)`"""
     flags = ("--steps", "8", "--save_every", "3", "--lora_dropout", dropout)
     whole = run(base, files / "scores.jsonl", tmp_path / "whole", *flags)
     for stop in (3, 6):
