@@ -272,6 +272,7 @@ def write(record: dict, folder: Path) -> None:
     lines = {k: json.dumps(v) for k, v in record.items()}
     for name in ("runs", "comparisons"):
         lines[name] = "[\n" + ",\n".join(json.dumps(d) for d in record[name]) + "\n]"
+    folder.mkdir(parents=True, exist_ok=True)
     text = ",\n".join(f'"{name}": {value}' for name, value in lines.items())
     (folder / "results.json").write_text("{" + text + "}\n", "utf-8")
     (folder / "results.md").write_text(page(record), "utf-8")

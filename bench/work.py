@@ -97,7 +97,7 @@ def speaker(draw: random.Random) -> Iterator[str]:
 
 
 def make_tokenizer(size: int, seed: int) -> Tokenizer:
-    """A byte-level BPE of at most `size` entries, trained on half a million words."""
+    """A byte-level BPE of at most `size` entries, trained on `size` lines of 60 words."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -106,7 +106,7 @@ def make_tokenizer(size: int, seed: int) -> Tokenizer:
         special_tokens=[AddedToken(t, special=True) for t in CONTROL])
     words = speaker(random.Random(seed))
     made.train_from_iterator(
-        [" ".join(itertools.islice(words, 60)) + "." for _ in range(8000)], trainer)
+        [" ".join(itertools.islice(words, 60)) + "." for _ in range(size)], trainer)
     return made
 
 
@@ -139,7 +139,7 @@ def text(words: Iterator[str], cost: dict[str, int], lead: str, tokens: int) -> 
     cost is the tokens of a word behind a space. A word, a colon and the stop never merge.
     """
     said, left = lead, tokens - len(lead) - 1  # each character of a lead is a token
-    while left:
+    while left > 0:
         word = next(words)
         if cost[word] <= left:
             said, left = f"{said} {word}", left - cost[word]

@@ -44,7 +44,7 @@ def test_the_rows_are_the_same_every_time(tiny, tokenizer):
 
 
 def test_weights_are_seeded_and_stored_as_bfloat16(tiny):
-    """Red: bench/work.py:weights: `manual_seed(seed)` -> `manual_seed(seed + 1)`
+    """Red: bench/work.py:weights: `weight.shape, generator=generator` -> `weight.shape`
     Red: bench/work.py:weights: `noise.to(torch.bfloat16)` -> `noise`"""
     stored = model.load(tiny, torch.bfloat16).state_dict()
     for name, weight in work.weights(work.SHAPES["tiny"], 0).state_dict().items():
