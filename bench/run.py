@@ -219,12 +219,22 @@ def floor_row(row: dict) -> list[str]:
             f"{least:.0f}", f"{row['ratios'][MEASURES[0]][0]:.2f}"]
 
 
+def yardsticks(runs: list[dict]) -> str:
+    """How fast the machine multiplied while these runs took turns, per dtype."""
+    found = {}
+    for run in runs:
+        found.setdefault(run["dtype"], []).extend(run.get("gflops_per_cpu_second", []))
+    return ", ".join(f"{dtype} {min(rates):.0f} to {max(rates):.0f}"
+                     for dtype, rates in found.items() if rates)
+
+
 def page(record: dict) -> str:
     """results.md, a function of results.json alone."""
     m, rows = record["machine"], record["comparisons"]
     versions = ", ".join(f"{name} {number}" for name, number in m["versions"].items())
     told = {"command": record["command"], "steps": record["steps"], "warm": record["steps"] - 2,
-            "pairs": max((r["pairs"] for r in rows), default=0), "versions": versions}
+            "pairs": max((r["pairs"] for r in rows), default=0), "versions": versions,
+            "yardsticks": yardsticks(record["runs"])}
     parts = [OPENING.format(**m | told)]
     heads = ["model", "tokens per CPU-second", "tokens per second", "peak memory", "set-up",
              "tokens per CPU-second, ours / peer", "peak MiB", "set-up, seconds"]
@@ -256,7 +266,8 @@ KTO's mismatched rows, on both sides.
 The first four columns are ours / peer: medians of paired runs, in brackets the least and the most.
 Above 1 is better for tokens, below 1 for memory (the process's peak) and for set-up (from the
 start of the process to the first step). A comparison is void where the rows differ or the first
-losses by more than .001 of max(1, loss).
+losses by more than .001 of max(1, loss). The speed of the machine moved meanwhile: GFLOP per
+CPU-second of a matmul, taken in every process before and after its steps: {yardsticks}.
 """
 FLOOR = """## The floor
 

@@ -182,13 +182,15 @@ def test_a_comparison_of_different_work_is_void(changes, void):
 
 def record(rows):
     """What run.py writes, about a made-up machine."""
-    return {"command": "make bench", "steps": 8, "comparisons": rows, "runs": [], "machine": {
+    runs = [{"dtype": "float32", "gflops_per_cpu_second": [90.0, 80.0]}, {"dtype": "float32"}]
+    return {"command": "make bench", "steps": 8, "comparisons": rows, "runs": runs, "machine": {
         "cores": 2, "cpu": "a CPU", "memory_gib": 8, "python": "3.11", "versions": {"torch": "2"}}}
 
 
 def test_the_page_shows_both_figures_beside_their_ratio_and_the_floor(tmp_path):
     """Red: bench/run.py:comparison_row: `("left", "right"))` -> `("right", "left"))`
     Red: bench/run.py:floor_row: `("left", "right"))` -> `("right", "left"))`
+    Red: bench/run.py:yardsticks: `{min(rates):.0f}` -> `{rates[0]:.0f}`
     Red: bench/run.py:write: `page(record)` -> `page(record)[:-2]`"""
     run.write(record(run.shortened(run.compare(RUNS))), tmp_path)
     stored = json.loads((tmp_path / "results.json").read_text("utf-8"))
@@ -196,6 +198,7 @@ def test_the_page_shows_both_figures_beside_their_ratio_and_the_floor(tmp_path):
     assert run.page(stored) == text
     assert "| small, fp32 | 3.00 (1.00..5.00) | 3.00 | 0.33 | 0.33 | 40 / 10 | 25 / 100 |" in text
     assert "| dpo, small, fp32 | ours | floor | 30 | 60 | 0.50 |" in text
+    assert "its steps: float32 80 to 90." in text
 
 
 def test_the_recorded_page_is_made_from_the_recorded_runs():
