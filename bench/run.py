@@ -66,7 +66,7 @@ TASKS, MODELS, DTYPES = ("uft", "sft", "dpo", "kto"), ("small", "wide"), ("float
 MEASURES = ("tokens_per_cpu_second", "tokens_per_second", "peak_mib", "setup_seconds")
 KEY = ("model", "task", "dtype", "checkpointing", "driver")
 SECONDS = {("small", "uft"): 25, ("small", "sft"): 25, ("small", "dpo"): 50, ("small", "kto"): 40,
-           ("wide", "sft"): 50, ("wide", "dpo"): 150}  # of a process of 8 steps, roughly
+           ("wide", "sft"): 70, ("wide", "dpo"): 200}  # of a process of 8 steps, roughly
 
 
 def source() -> int:
