@@ -2,6 +2,7 @@
 # make demo         environment, then train.py on the bundled model, data and tests
 # make results      every experiment of lab/ that is not cached, the figures, docs/results.md
 # make figures      docs/figures from the recorded results
+# make bench        speed and memory beside transformers, PEFT and TRL; takes hours, can be stopped
 # make test-peers   parity with transformers, PEFT and TRL, in an environment of their own
 # make red          every mutation that a test names, applied to a copy: each must turn its test red
 # make TORCH_INDEX=URL ...   takes torch from another index, such as PyTorch's own CPU builds
@@ -22,6 +23,9 @@ results: .venv/ready
 figures: .venv/ready
 	.venv/bin/python -m lab.figures
 
+bench: .venv-peers/ready
+	.venv-peers/bin/python -m bench.run
+
 test-peers: .venv-peers/ready
 	$(ONE) .venv-peers/bin/python -m pytest tests/peers
 
@@ -37,4 +41,4 @@ red: .venv/ready
 	$*/bin/pip install -q --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: test demo results figures test-peers red
+.PHONY: test demo results figures bench test-peers red

@@ -54,7 +54,7 @@ def verdict(name: str, line: str) -> str:
     if not (match := RED.fullmatch(line)):
         return "wrong: not of the form Red: FILE:FUNCTION: `before` -> `after`"
     with tempfile.TemporaryDirectory() as folder:
-        for part in ("tests", "lab", "docs"):
+        for part in ("tests", "lab", "bench", "docs"):
             shutil.copytree(ROOT / part, f"{folder}/{part}", ignore=lambda *_: {"__pycache__"})
         for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
             shutil.copy(path, folder)

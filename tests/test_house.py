@@ -25,7 +25,8 @@ CAPS = {
     "reference.py": 100,
     "page.py": 240, "questions.py": 175, "rollouts.py": 190, "train.py": 360, "README.md": 150}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
-CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("lab/*.py"))]
+CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")
+                        for p in ROOT.glob(f"{folder}/*.py"))]
 ALL = [*CODE, *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("tests/*.py"))]
 PICKLES = {"pickle", "dill", "joblib", "marshal", "shelve", "yaml"}
 HELPERS = {"implicit_reward", "log1mexp", "kto_z0"}  # no losses
