@@ -62,30 +62,30 @@ def logps(net: PeftModel, batch: list[Tensor], head: str) -> Tensor:
     return torch.zeros_like(scores).index_add(0, row, picked)
 
 
+def update(net: PeftModel, optimizer: torch.optim.Optimizer, units: list[gpu_step.Unit],
+           options: argparse.Namespace) -> tuple[float, float]:
+    """One update of the adapters: reference and policy of each micro-batch, then AdamW."""
+    total = said = 0.0
+    for group in tokens.micro_batches(units, options.micro_batch_tokens):
+        batch = collate([e for unit in group for e in unit], options.device)
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            with torch.no_grad(), net.disable_adapter():
+                reference = logps(net, batch, options.head)
+            policy = logps(net, batch, options.head)
+        share = torch.sigmoid(clock.BETA * (policy - reference)) - batch[-1]
+        loss = share.square().sum() / len(units)
+        loss.backward()
+        total, said = total + loss.detach(), said + policy.detach().sum() / len(units)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total.item(), said.item()
+
+
 def build(options: argparse.Namespace) -> gpu_step.Step:
-    """One update of the adapters: micro-batches, reference and policy of each, AdamW."""
     net = load(options)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=clock.RATE, weight_decay=0.0)
-
-    def step(units: list[gpu_step.Unit]) -> tuple[float, float]:
-        total = said = 0.0
-        for group in tokens.micro_batches(units, options.micro_batch_tokens):
-            batch = collate([e for unit in group for e in unit], options.device)
-            with torch.autocast(options.device, torch.bfloat16,
-                                enabled=options.dtype == "bfloat16"):
-                with torch.no_grad(), net.disable_adapter():
-                    reference = logps(net, batch, options.head)
-                policy = logps(net, batch, options.head)
-            share = torch.sigmoid(clock.BETA * (policy - reference)) - batch[-1]
-            loss = share.square().sum() / len(units)
-            loss.backward()
-            total, said = total + loss.detach(), said + policy.detach().sum() / len(units)
-        optimizer.step()
-        optimizer.zero_grad()
-        return total.item(), said.item()
-
-    return step
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad],
+                                  lr=clock.RATE, weight_decay=0.0)
+    return lambda units: update(net, optimizer, units, options)
 
 
 def main() -> None:
