@@ -131,15 +131,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options, lines = parse(argv), []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    record = {"command": "python -m bench.gpu", "counted": COUNTED, "versions": versions(),
+              "options": {name: getattr(options, name) for name in PASSED}, "lines": lines}
     for shape in options.shape:
         for driver in drivers(not options.no_peers):
             lines.append(measure(driver, shape, options))
             said = lines[-1].get("error") or f"{lines[-1]['tokens_per_second']:.0f} tokens/s"
             print(f"{shape}, {driver}: {said}", file=sys.stderr, flush=True)
-    record = {"command": "python -m bench.gpu", "counted": COUNTED, "versions": versions(),
-              "options": {name: getattr(options, name) for name in PASSED}, "lines": lines}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+            options.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")  # may be stopped
     print(page(record), end="")
 
 
