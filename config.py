@@ -27,7 +27,7 @@ class Config:
     lr: float = flag(3e-5, "peak learning rate (paper: 3e-5)")
     warmup: float = flag(0.1, "share of the steps spent warming up, before a cosine to zero")
     batch_size: int = flag(8, "loss terms a step: rows, or pairs")
-    micro_batch_tokens: int = flag(8192, "padded positions a forward pass; changes no gradient")
+    micro_batch_tokens: int = flag(8192, "tokens a forward pass; changes no gradient")
     epochs: float = flag(1.0, "passes over the data, if --steps is 0")
     steps: int = flag(0, "optimizer steps")
     max_length: int = flag(2048, "tokens of prompt and response; longer rows are dropped")
@@ -52,6 +52,7 @@ class Config:
     sample_tokens: int = flag(48, "length of the three samples, and of answers to --test")
     save_every: int = flag(500, "steps between checkpoints; 0: only one, at the end")
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
+    reference_cache: str = flag("", "DIR that keeps log-probs of the reference between runs")
     seed: int = flag(0, "of adapters, order, dropout and what is held out")
     out: str = flag("", "run folder; default: the next free runs/NNNN")
 

@@ -32,9 +32,11 @@ class Scores(NamedTuple):
 def score(
     net: model.Transformer, batch: tokens.Batch, reference: bool, checkpointing: bool = False
 ) -> Scores:
-    """log pi_theta(y|x) of every row and, adapters off, log pi_ref(y|x) of the same batch."""
+    """log pi_theta(y|x) of every row and, adapters off, log pi_ref(y|x), unless it is known."""
     ref_logps = None
-    if reference:
+    if reference and batch.ref_logps is not None:
+        ref_logps = batch.ref_logps.to(next(net.parameters()).device, non_blocking=True)
+    elif reference:
         with torch.no_grad(), lora.disabled(net):
             ref_logps = net.response_logps(batch.ids, batch.response_mask)[0].sum(-1)
     token_logps, mask = net.response_logps(batch.ids, batch.response_mask, checkpointing)
@@ -85,10 +87,10 @@ def held_out(
     score_mse/mean is what the best constant would score on these rows, score_mse/half what 1/2
     would: a policy above the first has learned less than the mean.
     """
-    training, groups = net.training, tokens.micro_batches(units, budget)
-    units, device = [u for group in groups for u in group], next(net.parameters()).device
+    training = net.training
     net.eval()
-    batches = (tokens.collate([e for u in group for e in u], device) for group in groups)
+    batches = (tokens.collate([e for u in group for e in u])
+               for group in tokens.micro_batches(units, budget))
     parts = [score(net, batch, reference=True)[:2] for batch in batches]
     net.train(training)
     logps, ref_logps = (torch.cat(p).cpu() for p in zip(*parts, strict=True))

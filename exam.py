@@ -1,6 +1,7 @@
 """What a run asks a policy before and after training: held-out rows, tests, and three samples."""
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import evaluate
@@ -8,6 +9,7 @@ import generate
 import model
 import questions
 import tokens
+from config import Config
 
 
 class Exam(NamedTuple):
@@ -19,6 +21,17 @@ class Exam(NamedTuple):
     max_new_tokens: int
     beta: float
     budget: int
+
+
+def read_tests(config: Config) -> dict[str, list[questions.Question]]:
+    """The --test files by name: a file's up to its first dot, its path where two share that."""
+    stems = [Path(p).name.split(".")[0] for p in config.test]
+    out = {stem if stems.count(stem) == 1 else path: questions.read(path)
+           for path, stem in zip(config.test, stems, strict=True)}
+    if not config.sample_tokens and any(asked[0].pattern for asked in out.values()):
+        raise ValueError("--test asks for answers, and --sample_tokens 0 leaves them no room: give "
+                         "--sample_tokens 48, or the length of the longest answer")
+    return out
 
 
 def examine(net: model.Transformer, chat: tokens.Chat, exam: Exam) -> dict:

@@ -172,7 +172,8 @@ class Transformer(nn.Module):
     def extend(self, ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """Hidden states of T new positions behind those in `cache`, and the longer cache."""
         start, longer = cache[0][0].shape[2] if cache else 0, []
-        x_BTD, tables = self.embed(ids_BT, torch.arange(start, start + ids_BT.shape[1]))
+        positions_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
+        x_BTD, tables = self.embed(ids_BT, positions_T)
         for i, block in enumerate(self.model.layers):
             x_BTD, kept = block(x_BTD, tables, cache[i] if cache else None)
             longer.append(kept)
@@ -181,7 +182,7 @@ class Transformer(nn.Module):
     def embed(self, ids_BT: Tensor, positions_T: Tensor) -> tuple[Tensor, tuple]:
         """Embeddings (B, T, D) and the rotary tables of the positions."""
         x_BTD = self.model.embed_tokens(ids_BT)
-        return x_BTD, rotary_tables(self.config, positions_T.to(x_BTD.device), x_BTD.dtype)
+        return x_BTD, rotary_tables(self.config, positions_T, x_BTD.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), float32 at least. Only ever call it on the positions you need."""

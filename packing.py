@@ -57,8 +57,13 @@ def pack(ids_BT: Tensor, response_mask_BT: Tensor, device: torch.device) -> Pack
                       ids_BT[row, where], row * len(scored) + where))
         start, tail = start + len(position), tail + len(kept)
     ids, positions, kept, source, target, place = (
-        torch.cat(x).to(device, non_blocking=True) for x in zip(*parts, strict=True))
+        send(torch.cat(x), device) for x in zip(*parts, strict=True))
     return Packed(ids[None], positions, segments, kept, final, source, target, place)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`; to a GPU from pinned memory, so that the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def attention_mask(queries: int, keys: int, window: int | None,
@@ -75,6 +80,9 @@ def attend(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int | None) -
     """Causal attention of the last T positions, (B, H, T, K)."""
     mask = attention_mask(q_BHTK.shape[2], k_BGTK.shape[2], window, q_BHTK.device)
     causal = mask is None and q_BHTK.shape[2] > 1
+    if mask is not None:  # torch's fast kernels take a mask or grouped heads, not both
+        k_BGTK, v_BGTK = (x.repeat_interleave(q_BHTK.shape[1] // x.shape[1], 1)
+                          for x in (k_BGTK, v_BGTK))
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGTK, v_BGTK, mask, is_causal=causal, enable_gqa=True)
 
@@ -90,7 +98,9 @@ def attend_packed(q_MHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, segments: list[Se
     q, out = q_MHK.split([s.stop - s.start for s, _, _ in segments]), []
     k, v = (x.split([s.stop - s.start for _, s, _ in segments]) for x in (k_NGK, v_NGK))
     for i, (_, _, prompt) in enumerate(segments):
-        keys, values = torch.cat((k_NGK[prompt], k[i])), torch.cat((v_NGK[prompt], v[i]))
+        keys, values = k[i], v[i]
+        if prompt.stop > prompt.start:
+            keys, values = torch.cat((k_NGK[prompt], keys)), torch.cat((v_NGK[prompt], values))
         part = (x.transpose(0, 1)[None] for x in (q[i], keys, values))
         out.append(attend(*part, window)[0].transpose(0, 1))
     return torch.cat(out)

@@ -138,7 +138,7 @@ def weigh(net: model.Transformer, chat: tokens.Chat, questions: Sequence[Questio
                for n, (i, c) in enumerate(asked)]
     net.eval()
     for group in tokens.micro_batches([[e] for e in encoded], BUDGET):
-        batch = tokens.collate([e for e, in group], device)
+        batch = tokens.collate([e for e, in group])
         logps, mask = net.response_logps(batch.ids, batch.response_mask)
         totals = logps.sum(-1) / (mask.sum(-1) if normalise else 1)
         for (e,), total in zip(group, totals.tolist(), strict=True):

@@ -54,6 +54,7 @@ class Encoded:
     kind: str
     where: str
     prompt: tuple  # the messages: rows of one prompt are held out, paired or mismatched by it
+    ref_logps: float | None = None  # log pi_ref of the response, where it is known already
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Batch:
     response_mask: Tensor  # (B, T) bool
     rewards: Tensor  # (B,) float32
     kinds: tuple[str, ...]  # B of "sft", "chosen", "rejected", "scored"
+    ref_logps: Tensor | None  # (B,) float32
 
 
 def read_json(path: Path) -> dict:
@@ -257,30 +259,33 @@ def mismatch(rows: Sequence[Encoded]) -> list[Encoded]:
     out = []
     for i, row in enumerate(rows):
         others = [e for e in (*rows[i + 1:], *rows[:i]) if e.prompt != row.prompt]
-        out += [replace(row, ids=row.ids[: row.prompt_len] + e.ids[e.prompt_len:])
+        out += [replace(row, ids=row.ids[: row.prompt_len] + e.ids[e.prompt_len:], ref_logps=None)
                 for e in others[:1]]
     return out
 
 
 def micro_batches(units: Sequence[Sequence[Encoded]], tokens: int) -> list[list]:
-    """Groups of units, long with long, each of at most `tokens` padded positions (or one unit)."""
-    groups, longest = [], 0
-    for unit in sorted(units, key=lambda u: -max(len(e.ids) for e in u)):
-        if groups and (sum(map(len, groups[-1])) + len(unit)) * longest <= tokens:
+    """Groups of units, in order, each of at most `tokens` tokens (or one unit)."""
+    groups, room = [], 0
+    for unit in units:
+        size = sum(len(e.ids) for e in unit)
+        if groups and size <= room:
             groups[-1].append(unit)
         else:
             groups.append([unit])
-            longest = max(len(e.ids) for e in unit)
+            room = tokens
+        room -= size
     return groups
 
 
-def collate(rows: Sequence[Encoded], device: str | torch.device = "cpu") -> Batch:
-    """Rows as tensors on `device`, padded on the right."""
+def collate(rows: Sequence[Encoded]) -> Batch:
+    """Rows as tensors, padded on the right; ref_logps where every row has one."""
     width = max(len(e.ids) for e in rows)
     ids = torch.tensor([e.ids + [0] * (width - len(e.ids)) for e in rows])
     position = torch.arange(width)
     start, end = (torch.tensor(n)[:, None] for n in zip(
         *((e.prompt_len, len(e.ids)) for e in rows), strict=True))
     mask = (start <= position) & (position < end)
-    rewards = torch.tensor([e.reward for e in rows], dtype=torch.float32)
-    return Batch(ids.to(device), mask.to(device), rewards.to(device), tuple(e.kind for e in rows))
+    rewards, known = torch.tensor([e.reward for e in rows]), [e.ref_logps for e in rows]
+    return Batch(ids, mask, rewards.float(), tuple(e.kind for e in rows),
+                 None if None in known else torch.tensor(known))

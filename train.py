@@ -28,7 +28,7 @@ import losses
 import mixture
 import model
 import page
-import questions
+import reference
 import report
 import tokens
 from config import Config, check_device, parse_flags
@@ -36,7 +36,7 @@ from config import Config, check_device, parse_flags
 DEMO = ("--model lab/base --data lab/data/demonstrations.jsonl --data lab/data/feedback.jsonl "
         "--test lab/data/instructions.jsonl --test lab/data/truth.jsonl "
         "--test lab/data/truth_choices.jsonl --loss uft --beta 0.1 --lr 7e-3 --epochs 3 "
-        "--batch_size 32 --max_length 96 --micro_batch_tokens 512 --sample_tokens 24")
+        "--batch_size 32 --max_length 96 --sample_tokens 24")
 
 
 class Terms(NamedTuple):
@@ -117,18 +117,23 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     return config.lr * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) / 2
 
 
-def reference_point(net: model.Transformer, rows: list, config: Config) -> Tensor:
-    """KTO's z0 from mismatched rows of the whole step, no gradient; 0 for every other loss."""
-    device, found = next(net.parameters()).device, []
+def reference_point(net: model.Transformer, units: list, config: Config) -> tuple[Tensor, list]:
+    """KTO's z0 from mismatched rows of the whole step, no gradient; 0 for every other loss.
+
+    Also the units: z0's reference pass is theirs as well, and runs each prompt once.
+    """
+    rows = [e for unit in units for e in unit]
     others = tokens.mismatch(rows) if config.loss == "kto" else []
-    for group in tokens.micro_batches([[e] for e in others], config.micro_batch_tokens):
-        with torch.no_grad():
-            batch = tokens.collate([e for unit in group for e in unit], device)
-            found.append(evaluate.score(net, batch, reference=True))
-    if not found:
-        return torch.zeros((), device=device)
+    if not others:
+        return torch.zeros((), device=next(net.parameters()).device), units
+    filled = reference.fill(net, list(zip(rows, others, strict=True)), {},
+                            config.micro_batch_tokens)
+    groups = tokens.micro_batches([[other] for _, other in filled], config.micro_batch_tokens)
+    with torch.no_grad():
+        found = [evaluate.score(net, tokens.collate([e for e, in group]), reference=True)
+                 for group in groups]
     logps, ref_logps = (torch.cat([f[i] for f in found]) for i in (0, 1))
-    return losses.kto_z0(logps, ref_logps)
+    return losses.kto_z0(logps, ref_logps), [(row,) for row, _ in filled]
 
 
 def train_step(
@@ -141,23 +146,24 @@ def train_step(
     micro-batches. FloatingPointError before the update if loss or gradient is not finite.
     """
     objective, device = LOSSES[config.loss], next(net.parameters()).device
+    z0, units = reference_point(net, units, config)
     rows = [e for unit in units for e in unit]
-    z0 = reference_point(net, rows, config)
     tokens_per_row = sum(len(e.ids) - e.prompt_len for e in rows) / len(rows)
-    loss, parts, kinds, starts = 0.0, [], [], []
+    shares, parts, kinds, starts = [], [], [], []
     for group in tokens.micro_batches(units, config.micro_batch_tokens):
-        batch = tokens.collate([e for unit in group for e in unit], device)
+        batch = tokens.collate([e for unit in group for e in unit])
         scores = evaluate.score(net, batch, objective.reference, config.gradient_checkpointing)
-        share = objective.loss(Terms(
-            scores.logps, scores.ref_logps, scores.token_logps, scores.mask, batch.rewards,
-            batch.kinds, z0, tokens_per_row, config)).sum() / len(units)
+        rewards = batch.rewards.to(device, non_blocking=True)
+        share = objective.loss(Terms(*scores, rewards, batch.kinds, z0, tokens_per_row,
+                                     config)).sum() / len(units)
         share.backward()
-        loss += share.item()
+        shares.append(share.detach())
         starts += [len(kinds) + i for i in evaluate.pair_starts(group)]
         kinds += batch.kinds
         parts.append((scores.logps.detach(), scores.ref_logps, batch.rewards))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+    loss = torch.stack(shares).sum().item()  # the host has not waited for the device till now
     if not math.isfinite(loss) or not norm.isfinite():
         bad = [n for n, p in net.named_parameters()
                if p.grad is not None and not p.grad.isfinite().all()]
@@ -182,15 +188,15 @@ def self_check(net: model.Transformer, units: list, config: Config) -> str:
     """
     objective, device = LOSSES[config.loss], next(net.parameters()).device
     group = tokens.micro_batches(units, config.micro_batch_tokens)[-1]
-    batch = tokens.collate([e for unit in group for e in unit], device)
-    scores = evaluate.score(net, batch, reference=True)
+    batch = tokens.collate([e for unit in group for e in unit])
+    scores, rewards = evaluate.score(net, batch, reference=True), batch.rewards.to(device)
     u = losses.implicit_reward(scores.logps, scores.ref_logps, config.beta).abs().max().item()
     z0, tokens_per_row = torch.zeros((), device=device), scores.mask.sum(-1).float().mean().item()
-    terms = Terms(*scores, batch.rewards, batch.kinds, z0, tokens_per_row, config)
+    terms = Terms(*scores, rewards, batch.kinds, z0, tokens_per_row, config)
     loss = objective.loss(terms).mean().item()
     said, wrong = f"implicit reward at step 0: {u:g} (expected 0)   loss {loss:.6f}", u != 0
     if objective.start:
-        expected = torch.as_tensor(objective.start(batch.rewards, config)).float().mean().item()
+        expected = torch.as_tensor(objective.start(rewards, config)).float().mean().item()
         said += f" (expected {expected:.6f})"
         wrong |= abs(loss - expected) > 1e-5 * max(1, abs(expected))
     if wrong:
@@ -206,17 +212,6 @@ def run_folder(config: Config) -> Path:
     out = Path(config.out or f"runs/{max(taken, default=0) + 1:04}")
     if (out / "config.json").exists() and not config.resume:
         raise ValueError(f"--out {out} holds a run already: choose another, or --resume true")
-    return out
-
-
-def read_tests(config: Config) -> dict[str, list[questions.Question]]:
-    """The --test files by name: a file's up to its first dot, its path where two share that."""
-    stems = [Path(p).name.split(".")[0] for p in config.test]
-    out = {stem if stems.count(stem) == 1 else path: questions.read(path)
-           for path, stem in zip(config.test, stems, strict=True)}
-    if not config.sample_tokens and any(asked[0].pattern for asked in out.values()):
-        raise ValueError("--test asks for answers, and --sample_tokens 0 leaves them no room: give "
-                         "--sample_tokens 48, or the length of the longest answer")
     return out
 
 
@@ -244,7 +239,7 @@ def train(config: Config) -> Path:
     began = time.perf_counter()
     check_device(config.device)
     folder, out = model.resolve(config.model), run_folder(config)
-    chat, tests = open_chat(config, folder), read_tests(config)
+    chat, tests = open_chat(config, folder), exam.read_tests(config)
     files, weights, held, told, dropped, size = mixture.load_data(
         config, chat, LOSSES[config.loss].reads)
     net, optimizer = adapted(config, folder)
@@ -262,6 +257,10 @@ def train(config: Config) -> Path:
     if state["step"]:
         print(f"resume  after step {state['step']}, {state['num_tokens']} tokens seen")
     batches = mixture.stream(files, weights, config, state["place"], out / "dropped.jsonl")
+    if config.reference_cache and LOSSES[config.loss].reference:
+        path = Path(config.reference_cache) / reference.fingerprint(folder, config.dtype)
+        batches = reference.through(net, batches, path.with_suffix(".safetensors"),
+                                    config.micro_batch_tokens)
     first, _ = next(mixture.stream(files, weights, config))
     print(report.example(first[0][0], chat))
     if not config.resume:

@@ -160,7 +160,7 @@ def test_measuring_is_exact_in_float64():
     net, (ids, mask) = tiny.transformer(), tiny.batch(((3, 4),))
     lora.inject(net, 2, 4.0, generator=torch.Generator().manual_seed(0))
     lora.adapters(net)["model.layers.1.mlp.up_proj"].lora_B.data.fill_(0.1)
-    batch = tokens.Batch(ids, mask, torch.tensor([1.0]), ("sft",))
+    batch = tokens.Batch(ids, mask, torch.tensor([1.0]), ("sft",), None)
     logps, ref_logps, *_ = evaluate.score(net, batch, reference=True)
     found = evaluate.measure(logps, ref_logps, batch.rewards, batch.kinds, (), 0.3)
     assert found["rewards/sft"] == pytest.approx(0.3 * (logps - ref_logps).item(), rel=1e-14)

@@ -52,7 +52,7 @@ def test_results_are_the_gains_from_base_to_adapter(base, files, tests, tmp_path
     Red: exam.py:compare: `"before": before["held_out"]` -> `"before": after["held_out"]`
     Red: train.py:train: `"seconds": time.perf_counter() - began` -> `"seconds": 0`"""
     found = run(base, files / "scores.jsonl", tmp_path / "run", tests)
-    asked, scores = train.read_tests(config.Config("m", ("d",), tuple(tests))), []
+    asked, scores = exam.read_tests(config.Config("m", ("d",), tuple(tests))), []
     for adapter in (None, tmp_path / "run/adapter"):
         net, chat = model.load(base, torch.float32), tokens.Chat(base, "plain")
         if adapter:
@@ -111,12 +111,12 @@ def test_without_patterns_samples_are_held_out_prompts_without_a_mark(base, file
 
 
 def test_a_test_bears_its_files_name_or_its_path_where_two_share_that(tests, tmp_path):
-    """Red: train.py:read_tests: `if stems.count(stem) == 1` -> `if 1`
-    Red: train.py:read_tests: `.split(".")[0]` -> ``"""
+    """Red: exam.py:read_tests: `if stems.count(stem) == 1` -> `if 1`
+    Red: exam.py:read_tests: `.split(".")[0]` -> ``"""
     (tmp_path / "x").mkdir()
     twin = tmp_path / "x/words.jsonl"
     twin.write_text(Path(tests[0]).read_text("utf-8"), "utf-8")
-    found = train.read_tests(config.Config("m", ("d",), (*tests, str(twin))))
+    found = exam.read_tests(config.Config("m", ("d",), (*tests, str(twin))))
     assert list(found) == [tests[0], "more", "truth", str(twin)]
 
 

@@ -162,7 +162,7 @@ def test_a_mistake_ends_with_one_sentence_and_exit_code_2(case, place, capsys):
     Red: config.py:check_device: `(RuntimeError, AssertionError)` -> `ZeroDivisionError`
     Red: config.py:parse_flags: `allow_abbrev=False` -> `allow_abbrev=True`
     Red: mixture.py:load_data: `raise FILE:WEIGHT` -> `raise it`
-    Red: train.py:read_tests: `if not config.sample_tokens and` -> `if 0 and`
+    Red: exam.py:read_tests: `if not config.sample_tokens and` -> `if 0 and`
     Red: evaluate.py:main: `if not rows:` -> `if 0:`"""
     program, argv, words = prepare(place, case)
     with pytest.raises(SystemExit) as stop:

@@ -131,7 +131,7 @@ class Largest(TorchDispatchMode):
 def test_the_head_never_builds_the_logits_of_all_positions(monkeypatch):
     """Forward and backward together: 17 rows of logits at a time, of 29 to score.
 
-    Red: backward.py:tiles: `TILE // vocabulary` -> `2 * TILE // vocabulary`
+    Red: backward.py:tiles: `(1 if cpu else 32)` -> `(2 if cpu else 32)`
     """
     monkeypatch.setattr(backward, "TILE", 17 * 211)
     net, (ids, mask) = adapted(torch.float64, vocab_size=211), tiny.batch(((3, 20), (2, 9)))

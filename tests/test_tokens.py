@@ -1,5 +1,6 @@
 """What tokens.py promises: exact boundaries, one BOS, one scored end, control tokens kept out."""
 import functools
+import itertools
 import json
 import re
 import types
@@ -256,16 +257,15 @@ def test_mismatched_rows_never_join_a_prompt_with_its_own_responses():
 
 @pytest.mark.parametrize("budget", [1, 40, 100, 10 ** 6])
 def test_micro_batches_hold_every_unit_once_within_the_budget(budget):
-    """Longest first, pairs whole; only a unit alone may be larger than the budget.
-    Red: tokens.py:micro_batches: `-max(` -> `max(`
-    Red: tokens.py:micro_batches: `sum(map(len, groups[-1]))` -> `len(groups[-1])`"""
+    """In order, pairs whole; only a unit alone may be larger than the budget, none fits before.
+    Red: tokens.py:micro_batches: `room = tokens` -> `room = 2 * tokens`
+    Red: tokens.py:micro_batches: `size <= room` -> `size < room - 9`"""
     units = [tuple(row(2 + i % 7, 1 + i % 5 + k) for k in range(1 + i % 2)) for i in range(30)]
     groups = tokens.micro_batches(units, budget)
-    longest = [max(len(e.ids) for unit in group for e in unit) for group in groups]
-    assert sorted(id(unit) for group in groups for unit in group) == sorted(map(id, units))
-    assert longest == sorted(longest, reverse=True)
-    for group, width in zip(groups, longest, strict=True):
-        assert len(group) == 1 or sum(map(len, group)) * width <= budget
+    assert [unit for group in groups for unit in group] == units
+    counts = [[sum(len(e.ids) for e in unit) for unit in group] for group in groups]
+    assert all(sum(count) <= budget or len(count) == 1 for count in counts)
+    assert all(sum(a) + b[0] > budget for a, b in itertools.pairwise(counts))
 
 
 def test_collate_pads_on_the_right_and_keeps_rewards_by_row():
