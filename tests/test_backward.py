@@ -91,10 +91,11 @@ NOTHING = slice(0, 0)
 # the row, where its tokens stand, and the prompt that it goes on from
 SEGMENTS = [(slice(0, 9), slice(0, 9), NOTHING), (slice(9, 14), slice(9, 14), slice(0, 4)),
             (slice(14, 15), slice(14, 15), NOTHING), (slice(15, 16), slice(15, 16), slice(0, 7)),
-            (slice(16, 19), slice(16, 19), slice(14, 15)), (slice(19, 31), slice(19, 31), NOTHING)]
-# the same with the queries of the last 3, 5, 1, 1, 2 and 4 tokens only
+            (slice(16, 19), slice(16, 19), slice(14, 15)), (slice(19, 21), slice(19, 21), NOTHING),
+            (slice(21, 31), slice(21, 31), NOTHING)]
+# the same with the queries of the last 3, 5, 1, 1, 2, 2 and 4 tokens only
 LAST = [(slice(start, stop), rows, prompt) for (start, stop), (_, rows, prompt) in zip(
-    itertools.pairwise((0, 3, 8, 9, 10, 12, 16)), SEGMENTS, strict=True)]
+    itertools.pairwise((0, 3, 8, 9, 10, 12, 14, 18)), SEGMENTS, strict=True)]
 
 
 def asked(segments: list) -> int:
