@@ -15,7 +15,6 @@ from torch import Tensor
 
 import backward
 
-
 Segment = tuple[slice, slice, slice]  # its queries, its tokens, the prompt it goes on from
 
 

@@ -130,6 +130,7 @@ FORMULAS = {
     "TargetLogps": (target_logps, plain_target_logps, [(7, 5), (V, 5)]),
     "Linear": (linear, plain_linear, [(2, 3, 5), (4, 5), (4,), (2, 5), (4, 2)]),
     "RMSNorm": (rms_norm, plain_rms_norm, [(2, 3, 6), (6,)]),
+    "RMSNorm of one row": (rms_norm, plain_rms_norm, [(6,), (6,)]),
     "SwiGLU": (backward.SwiGLU.apply, plain_swiglu, [(2, 3, 6), (2, 3, 6)]),
     "Rotate": (rotate, plain_rotate, [(2, 4, 6)]),
     "SegmentAttention": (attention(SEGMENTS, 3), plain_attention(SEGMENTS, 3),
@@ -144,6 +145,7 @@ def test_every_function_is_its_formula_in_value_and_gradients(fast, plain, shape
 
     Red: backward.py:Linear.backward: `grad.sum(0)` -> `grad.mean(0)`
     Red: backward.py:RMSNorm.backward: `inverse**3` -> `inverse**2`
+    Red: backward.py:RMSNorm.backward: `.sum_to_size(weight.shape)` -> `.flatten(0, -2).sum(0)`
     Red: backward.py:SwiGLU.backward: `.add_(1)` -> ``
     Red: backward.py:Rotate.backward: `cos, -sin` -> `cos, sin`
     Red: backward.py:TargetLogps.backward: `if weight_VD is not None` -> `if slope_ND is not None`
