@@ -1,6 +1,7 @@
 """Functions whose gradient is written by hand, where autograd would keep or copy too much.
 
-Each is checked against plain autograd in float64. Letters: N tokens, D width, V vocabulary.
+Each is checked against plain autograd in float64; none can be differentiated twice.
+Letters: N tokens, D width, V vocabulary.
 """
 import math
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = 128  # queries whose attention is computed at one time
 TILE = 1 << 22  # logits that exist at one time: 16 MiB of float32
@@ -36,6 +38,7 @@ class TargetLogps(torch.autograd.Function):
         return logps_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_N: Tensor) -> tuple:
         slope_ND, hidden_ND, weight_VD, target_N = ctx.saved_tensors
         grad_hidden = grad_weight = None
@@ -89,6 +92,7 @@ class Linear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         x, weight, a, b, down = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
@@ -100,8 +104,9 @@ class Linear(torch.autograd.Function):
         grad_a = grad_b = None
         if a is not None:
             grad_down = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
-            grad_a = (grad_down.T @ rows).to(a.dtype)
-            grad_b = (grad.T @ down).to(b.dtype).mul_(ctx.scale)
+            needs_a, needs_b = ctx.needs_input_grad[3:5]
+            grad_a = (grad_down.T @ rows).to(a.dtype) if needs_a else None
+            grad_b = (grad.T @ down).to(b.dtype).mul_(ctx.scale) if needs_b else None
             if needs_x:
                 grad_x.addmm_(grad_down, a.to(grad.dtype))
         grad_x = grad_x.view(ctx.shape) if needs_x else None
@@ -132,6 +137,7 @@ class RMSNorm(torch.autograd.Function):
         return (x * inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         x, weight, inverse = ctx.saved_tensors
         slope = (grad * weight).to(inverse.dtype)
@@ -139,7 +145,7 @@ class RMSNorm(torch.autograd.Function):
         slope = slope.mul_(inverse).addcmul_(x.to(slope.dtype), mean.mul_(inverse**3), value=-1)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * (x * inverse)).flatten(0, -2).sum(0).to(weight.dtype)
+            grad_weight = (grad * (x * inverse)).sum_to_size(weight.shape).to(weight.dtype)
         return slope.to(x.dtype), grad_weight, None
 
 
@@ -152,6 +158,7 @@ class SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         share = torch.sigmoid(gate)
@@ -171,6 +178,7 @@ class Rotate(torch.autograd.Function):
         return turn(x, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         cos, sin = ctx.saved_tensors
         return turn(grad, cos, -sin), None, None
@@ -206,6 +214,7 @@ class SegmentAttention(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple:
         q, k, v, y = ctx.saved_tensors
         wide, scale = promoted(q), q.shape[-1]**-0.5
@@ -215,6 +224,7 @@ class SegmentAttention(torch.autograd.Function):
             asked, g, made = (by_group(x, segment, groups) for x in (q, grad, y))
             keys, values = by_key(k, segment), by_key(v, segment)
             asked, mean = asked * scale, (g * made).sum(-1, keepdim=True, dtype=wide)
+            made = torch.empty_like(asked)  # the gradient of `asked` from here on
             slope_k, slope_v = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
             for chunk, seen in chunks(asked, keys, heads, ctx.window):
                 p = probabilities(asked[:, chunk], keys[:, seen], heads, ctx.window)
@@ -222,7 +232,7 @@ class SegmentAttention(torch.autograd.Function):
                 ds = torch.bmm(g[:, chunk], values[:, seen].transpose(1, 2)).to(wide)
                 ds = ds.sub_(mean[:, chunk]).mul_(p).to(q.dtype)
                 slope_k[:, seen] += torch.bmm(ds.transpose(1, 2), asked[:, chunk])
-                made[:, chunk] = torch.bmm(ds, keys[:, seen])  # y is not needed any more
+                made[:, chunk] = torch.bmm(ds, keys[:, seen])
             dq[segment[0]] = by_token(made.mul_(scale), segment)
             scatter_keys(dk, slope_k, segment)
             scatter_keys(dv, slope_v, segment)

@@ -15,12 +15,11 @@ from torch import Tensor
 
 import backward
 
-
 Segment = tuple[slice, slice, slice]  # its queries, its tokens, the prompt it goes on from
 
 
 class Packed(NamedTuple):
-    """A batch as segments, one a row that scores anything."""
+    """A batch as segments, none empty: a row that scores one token may need only its prompt."""
 
     ids: Tensor  # (1, N)
     positions: Tensor  # (N,) place in its own row, where rotary angles start anew
@@ -50,12 +49,14 @@ def pack(ids_BT: Tensor, response_mask_BT: Tensor, device: torch.device) -> Pack
         kept = position[lead - shared:]
         rows = slice(start, start + len(position))
         prompt = prompt if shared else slice(0, 0)
-        segments.append((rows, rows, prompt))
-        final.append((slice(tail, tail + len(kept)), rows, prompt))
+        if len(position):
+            segments.append((rows, rows, prompt))
+            final.append((slice(tail, tail + len(kept)), rows, prompt))
         parts.append((ids_BT[row, shared:end], position, kept - shared + start,
                       torch.where(where == first, ready, tail + where - 1 - lead),
                       ids_BT[row, where], row * len(scored) + where))
         start, tail = start + len(position), tail + len(kept)
+    assert parts, "no row has a token to score"
     ids, positions, kept, source, target, place = (
         send(torch.cat(x), device) for x in zip(*parts, strict=True))
     return Packed(ids[None], positions, segments, kept, final, source, target, place)
@@ -91,10 +92,16 @@ def attend_packed(q_MHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, segments: list[Se
                   window: int | None) -> Tensor:
     """Attention of each segment's queries to its own tokens and the prompt before, (M, H, K).
 
-    On the CPU by backward.py's chunks; elsewhere by torch's own kernel, a segment at a time.
+    On the CPU by backward.py's chunks; elsewhere by torch's own kernel.
     """
-    if q_MHK.device.type == "cpu":
-        return backward.SegmentAttention.apply(q_MHK, k_NGK, v_NGK, segments, window)
+    cpu = q_MHK.device.type == "cpu"
+    attention = backward.SegmentAttention.apply if cpu else attend_each
+    return attention(q_MHK, k_NGK, v_NGK, segments, window)
+
+
+def attend_each(q_MHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, segments: list[Segment],
+                window: int | None) -> Tensor:
+    """The same by one `attend` a segment."""
     q, out = q_MHK.split([s.stop - s.start for s, _, _ in segments]), []
     k, v = (x.split([s.stop - s.start for _, s, _ in segments]) for x in (k_NGK, v_NGK))
     for i, (_, _, prompt) in enumerate(segments):

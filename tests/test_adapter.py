@@ -131,7 +131,7 @@ CONFIGS = [
 def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(tmp_path, changes, words):
     """Or whose config and tensors disagree: never another model in silence.
 
-    Red: lora.py: `"use_dora", ` -> ``
+    Red: peft_folder.py: `"use_dora", ` -> ``
     """
     lora.save(adapted(), tmp_path, "base")
     edit(tmp_path, **changes)

@@ -185,7 +185,7 @@ def test_only_adapters_receive_gradients():
 def test_dropout_rests_in_eval_and_in_the_reference_pass():
     """And it is on in training: two passes differ.
 
-    Red: lora.py:LoRALinear.forward: `self.dropout, self.training` -> `self.dropout, True`
+    Red: lora.py:LoRALinear.forward: `self.dropout and self.training` -> `self.dropout`
     """
     net = adapted(dropout=0.5)
     plain = logits(adapted())

@@ -44,7 +44,7 @@ def adapted(dtype: torch.dtype, dropout: float = 0.0, **changes) -> model.Transf
 def test_right_padding_never_changes_logps(changes):
     """Every row alone, and behind five more columns of junk, has the logps it has in its batch.
 
-    Red: packing.py:pack: `ids_BT[row, shared:end]` -> `ids_BT[row, shared:end].flip(0)`
+    Red: packing.py:pack: `ids_BT[row, shared:end]` -> `ids_BT[row, shared - end:]`
     """
     net, (ids, mask) = tiny.transformer(**changes), tiny.batch()
     together, rows = sums(net, ids, mask), range(len(ids))
