@@ -207,7 +207,7 @@ class SegmentAttention(torch.autograd.Function):
             keys, values, made = by_key(k, segment), by_key(v, segment), torch.empty_like(asked)
             for chunk, seen in chunks(asked, keys, heads, window):
                 p = probabilities(asked[:, chunk], keys[:, seen], heads, window)
-                made[:, chunk] = torch.bmm(p.to(v.dtype), values[:, seen])
+                made[:, chunk] = torch.bmm(p, values[:, seen])
             y[segment[0]] = by_token(made, segment)
         ctx.save_for_backward(q, k, v, y)
         ctx.segments, ctx.window = segments, window
@@ -228,7 +228,7 @@ class SegmentAttention(torch.autograd.Function):
             slope_k, slope_v = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
             for chunk, seen in chunks(asked, keys, heads, ctx.window):
                 p = probabilities(asked[:, chunk], keys[:, seen], heads, ctx.window)
-                slope_v[:, seen] += torch.bmm(p.to(v.dtype).transpose(1, 2), g[:, chunk])
+                slope_v[:, seen] += torch.bmm(p.transpose(1, 2), g[:, chunk])
                 ds = torch.bmm(g[:, chunk], values[:, seen].transpose(1, 2)).to(wide)
                 ds = ds.sub_(mean[:, chunk]).mul_(p).to(q.dtype)
                 slope_k[:, seen] += torch.bmm(ds.transpose(1, 2), asked[:, chunk])
@@ -291,13 +291,15 @@ def chunks(asked: Tensor, keys: Tensor, heads: int, window: int | None) -> Itera
 
 
 def probabilities(asked: Tensor, keys_GMK: Tensor, heads: int, window: int | None) -> Tensor:
-    """softmax over M keys, (G, C * R, M), of C queries, of which the last sees the last key."""
+    """softmax over M keys, (G, C * R, M), of C queries, of which the last sees the last key.
+
+    In the dtype of the queries; torch sums a bfloat16 softmax in float32.
+    """
     seen, count = keys_GMK.shape[1], asked.shape[1] // heads
-    scores = torch.bmm(asked, keys_GMK.transpose(1, 2)).to(promoted(asked))
-    scores = scores.unflatten(1, (count, heads))
-    ones = torch.ones(count, seen, dtype=torch.bool, device=asked.device)
-    ahead = ones[:, -count:].triu(1)[:, None]
+    scores = torch.bmm(asked, keys_GMK.transpose(1, 2)).unflatten(1, (count, heads))
+    ahead = torch.ones(count, count, dtype=torch.bool, device=asked.device).triu(1)[:, None]
     scores[..., -count:].masked_fill_(ahead, -math.inf)
     if window and seen > window:
-        scores.masked_fill_(ones.tril(seen - count - window)[:, None], -math.inf)
+        old = torch.ones(count, seen, dtype=torch.bool, device=asked.device)
+        scores.masked_fill_(old.tril(seen - count - window)[:, None], -math.inf)
     return scores.softmax(-1).flatten(1, 2)

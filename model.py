@@ -27,8 +27,21 @@ from packing import Packed, Segment, attend, attend_packed, pack
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, (B, G, T, K)
 
 
+class Embedding(nn.Embedding):
+    """A row of the weight per id."""
+
+    def reset_parameters(self) -> None:
+        """Draws no numbers on the meta device, which would load a second's worth of imports."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Linear(nn.Linear):
     """y = x W^T + b."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         return backward.Linear.apply(x, self.weight, self.bias)
@@ -140,7 +153,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

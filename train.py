@@ -334,6 +334,7 @@ def demo_flags() -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # of 1024, half a MiB each
     names = {"loss": tuple(LOSSES), "template": ("checkpoint", *tokens.TEMPLATES),
              "dtype": ("float32", "bfloat16")}
     argv = sys.argv[1:] if argv is None else argv

@@ -5,6 +5,7 @@
 Rows come in file order instead of shuffled, gradients are not clipped, the rate is constant.
 """
 import argparse
+import os
 
 import data
 import tokens
@@ -39,6 +40,7 @@ def read_units(config: Config, steps: int) -> list:
 
 
 def main() -> None:
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # as train.main does
     parser = clock.parser(__doc__, tuple(LOSS))
     parser.add_argument("--micro_batch_tokens", type=int, default=0, help="0: train.py's default")
     options = parser.parse_args()
