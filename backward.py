@@ -45,12 +45,13 @@ class TargetLogps(torch.autograd.Function):
         if slope_ND is not None:
             grad_hidden = slope_ND * grad_N.to(slope_ND.dtype)[:, None]
         if weight_VD is not None:
-            grad_weight = torch.zeros_like(weight_VD)
+            grad_weight = torch.zeros_like(weight_VD, dtype=promoted(weight_VD))
             for rows in tiles(hidden_ND, len(weight_VD)):
                 slope = log_softmax(hidden_ND[rows], weight_VD).exp_().neg_()
                 slope.scatter_add_(-1, target_N[rows, None], torch.ones_like(slope[:, :1]))
                 slope = (slope * grad_N[rows, None]).to(weight_VD.dtype)
-                grad_weight.addmm_(slope.T, hidden_ND[rows])
+                grad_weight += slope.T @ hidden_ND[rows]
+            grad_weight = grad_weight.to(weight_VD.dtype)
         return grad_hidden, grad_weight, None
 
 

@@ -15,7 +15,8 @@ from torch import nn
 import lora
 import peft_folder
 
-FREE = ("resume", "save_every", "out", "device", "micro_batch_tokens", "gradient_checkpointing",
+FREE = ("resume", "save_every", "reference_cache", "out", "device", "micro_batch_tokens",
+        "gradient_checkpointing",
         "sample_tokens", "test")  # may change on resuming: rounding and dropout draws may differ
 
 

@@ -33,13 +33,13 @@ def score(
     net: model.Transformer, batch: tokens.Batch, reference: bool, checkpointing: bool = False
 ) -> Scores:
     """log pi_theta(y|x) of every row and, adapters off, log pi_ref(y|x), unless it is known."""
-    ref_logps = None
-    if reference and batch.ref_logps is not None:
-        ref_logps = batch.ref_logps.to(next(net.parameters()).device, non_blocking=True)
-    elif reference:
+    ref_logps = batch.ref_logps if reference else None
+    if reference and ref_logps is None:
         with torch.no_grad(), lora.disabled(net):
             ref_logps = net.response_logps(batch.ids, batch.response_mask)[0].sum(-1)
     token_logps, mask = net.response_logps(batch.ids, batch.response_mask, checkpointing)
+    if ref_logps is not None:
+        ref_logps = ref_logps.to(token_logps.device, token_logps.dtype, non_blocking=True)
     return Scores(token_logps.sum(-1), ref_logps, token_logps, mask)
 
 

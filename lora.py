@@ -36,7 +36,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         (outputs, inputs), device = base.weight.shape, base.weight.device
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        self.weight, self.bias = base.weight, base.bias
+        self.weight, self.bias, self.kind = base.weight, base.bias, type(base)
         self.lora_A = nn.Parameter(torch.zeros(r, inputs, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(outputs, r, dtype=dtype, device=device))
         self.scale, self.dropout, self.enabled, self.merged = scale, dropout, True, False
@@ -55,10 +55,13 @@ class LoRALinear(nn.Module):
         """scale * B A, the update of the weight, (O, I)."""
         return self.scale * self.lora_B @ self.lora_A
 
-    def total(self) -> Tensor:
-        """The weight as it acts now, (O, I)."""
-        resting = not self.enabled or self.merged
-        return self.weight if resting else (self.weight + self.delta()).to(self.weight.dtype)
+    def widened(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x', W') with x' W'^T = y: R columns more, so that no update is rounded into W."""
+        if not self.enabled or self.merged:
+            return x, self.weight
+        down = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T
+        weight = torch.cat((self.weight, self.lora_B.to(self.weight.dtype)), 1)
+        return torch.cat((x, self.scale * down), 1), weight
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -137,7 +140,7 @@ def unmerge(model: nn.Module) -> None:
 def remove(model: nn.Module) -> None:
     """Puts plain linear layers back; an update that was not merged is dropped."""
     for name, layer in adapters(model).items():
-        linear = nn.Linear(*layer.weight.T.shape, bias=False, device="meta")
+        linear = layer.kind(*layer.weight.T.shape, bias=False, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
         model.set_submodule(name, linear)
 

@@ -1,8 +1,8 @@
 """A decoder-only transformer that is Mistral, Qwen2, Qwen3 or Llama by its config.json.
 
 Parameter names are the checkpoint's own, so loading is one strict assignment on a meta-device
-model and saving its inverse. Rows are padded on the right and attention is causal, so no position
-sees padding and there is no attention-mask argument. Norms, rotary tables and log-probs are
+model and saving its inverse. `forward` takes rows padded on the right and attention is causal, so
+no position sees padding; scoring packs rows (packing.py). Norms, rotary tables and log-probs are
 computed in float32 at least, whatever the weights are; a float64 model is float64 throughout.
 Letters: B rows, T tokens, V vocabulary, D width, H heads, G kv heads, K head size, N scored tokens.
 """
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from architecture import ModelConfig
 import backward
-from packing import Packed, Segment, attend, attend_packed, pack
+from packing import Packed, Segment, attend, attend_packed, pack, send
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, (B, G, T, K)
 
@@ -212,11 +212,13 @@ class Transformer(nn.Module):
         """
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         packed = pack(ids_BT, response_mask_BT, head.weight.device)
-        hidden_SD = self.packed(packed, checkpointing)[packed.source]
-        weight_VD = head.total() if hasattr(head, "total") else head.weight  # it may be adapted
+        mask_BT = send(response_mask_BT, head.weight.device)
+        hidden_SD, weight_VD = self.packed(packed, checkpointing)[packed.source], head.weight
+        if hasattr(head, "widened"):  # it is adapted
+            hidden_SD, weight_VD = head.widened(hidden_SD)
         logps_S = backward.TargetLogps.apply(hidden_SD, weight_VD, packed.target)
         token_logps = logps_S.new_zeros(ids_BT.numel()).index_put((packed.place,), logps_S)
-        return token_logps.view(ids_BT.shape), response_mask_BT.to(logps_S.device)
+        return token_logps.view(ids_BT.shape), mask_BT
 
 
 def resolve(name: str) -> Path:

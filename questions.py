@@ -19,7 +19,7 @@ import model
 import tokens
 
 BATCH = 256  # prompts answered at a time
-BUDGET = 8192  # padded positions of choices weighed at a time
+BUDGET = 8192  # tokens of choices weighed at a time
 EXPECTED = ("A question has the columns prompt and pattern, or question, mc1_targets and "
             "mc2_targets, or those of TruthfulQA.csv")
 
@@ -132,7 +132,7 @@ def answer(net: model.Transformer, chat: tokens.Chat, questions: Sequence[Questi
 def weigh(net: model.Transformer, chat: tokens.Chat, questions: Sequence[Question],
           normalise: bool) -> list[dict[str, float]]:
     """{choice: its log-prob as a response, or the mean over its tokens} of every question."""
-    training, device, out = net.training, next(net.parameters()).device, [{} for _ in questions]
+    training, out = net.training, [{} for _ in questions]
     asked = [(i, c) for i, q in enumerate(questions) for c in dict.fromkeys(q.mc1[0] + q.mc2[0])]
     encoded = [tokens.encode(data.Example(questions[i].prompt, c, 1.0, "sft", str(n)), chat, 10**9)
                for n, (i, c) in enumerate(asked)]

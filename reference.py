@@ -1,10 +1,11 @@
-"""log pi_ref(y|x), worked out once a row and kept on disk: pi_ref never changes.
+"""log pi_ref(y|x), worked out once a row and kept on disk: the base never changes.
 
-A row that carries its ref_logps needs no reference pass. What is kept is what the pass gave, bit
-for bit; a pass over other rows at the same time may round its last bit differently.
-A store is DIR/FINGERPRINT.safetensors, the fingerprint being that of the model's files and dtype.
+A row that carries its ref_logps needs no reference pass. A store is DIR/FINGERPRINT.safetensors, of
+the model's files, dtype and device. Every unit is run alone for it, so that no neighbour decides
+the last bit: what is read equals what would be worked out again, on one machine, bit for bit.
 """
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import model
 import tokens
+from config import Config
 
 Known = dict[str, float]  # log pi_ref by `key`
 NEW = 4096  # rows that a run may lose when it is killed
@@ -27,9 +29,9 @@ def key(row: tokens.Encoded) -> str:
     return hashlib.blake2b(repr((row.prompt_len, row.ids)).encode(), digest_size=16).hexdigest()
 
 
-def fingerprint(folder: Path, dtype: str) -> str:
-    """16 hex digits of config.json, the weights and the dtype they are used in."""
-    total = hashlib.sha256(dtype.encode())
+def fingerprint(folder: Path, dtype: str, device: str) -> str:
+    """16 hex digits of config.json, the weights, and the dtype and kind of device they run in."""
+    total = hashlib.sha256(f"{dtype} {torch.device(device).type}".encode())
     for path in (folder / "config.json", *model.weight_files(folder)):
         with open(path, "rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
@@ -38,51 +40,71 @@ def fingerprint(folder: Path, dtype: str) -> str:
 
 def read(path: Path) -> Known:
     """What a store holds; nothing where there is none.   ValueError where it is damaged."""
+    if not path.is_file():
+        return {}
     try:
-        held = load_file(path) if path.is_file() else {}
-        return {bytes(k).hex(): v for k, v in zip(
-            held["keys"].numpy(), held["logps"].tolist(), strict=True)} if held else {}
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no store of reference log-probs ({error}): delete it, and it "
-                         "is made anew") from None
+        held = load_file(path)
+        keys, logps = held["keys"], held["logps"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is no store of reference log-probs ({error!r}): delete it, and "
+                         "it is made anew") from None
+    if keys.dtype != torch.uint8 or keys.shape != (len(logps), 16) or not logps.isfinite().all():
+        raise ValueError(f"{path} is damaged: keys {tuple(keys.shape)} of {keys.dtype}, log-probs "
+                         f"{tuple(logps.shape)}; delete it, and it is made anew")
+    return {bytes(k).hex(): v for k, v in zip(keys.numpy(), logps.tolist(), strict=True)}
 
 
 def write(path: Path, known: Known) -> None:
-    """Writes a store beside its old self, then replaces that."""
+    """Writes a store beside its old self, then replaces that.   OSError where it cannot."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    keys = torch.tensor([list(bytes.fromhex(k)) for k in known], dtype=torch.uint8)
+    keys = torch.tensor([list(bytes.fromhex(k)) for k in known], dtype=torch.uint8).view(-1, 16)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     save_file({"keys": keys, "logps": torch.tensor(list(known.values()))}, part)
     os.replace(part, path)
 
 
+def store(config: Config, folder: Path) -> tuple[Path, Known] | None:
+    """Where --reference_cache keeps this model's log-probs, and what it holds; written to at once,
+    so that a folder that cannot be is found out before the run."""
+    if not config.reference_cache:
+        return None
+    name = fingerprint(folder, config.dtype, config.device)
+    path = Path(config.reference_cache) / f"{name}.safetensors"
+    known = read(path)
+    write(path, known)
+    return path, known
+
+
 @torch.no_grad()
 def fill(net: model.Transformer, units: Sequence[Sequence[tokens.Encoded]], known: Known,
          budget: int) -> list[tuple]:
-    """The units with ref_logps in every row: from `known`, or worked out now and added to it."""
-    new = [unit for unit in units
-           if not all(row.ref_logps is not None or key(row) in known for row in unit)]
-    for group in tokens.micro_batches(new, budget):
+    """The units with ref_logps in every row: from `known`, or worked out now and added to it.
+
+    `budget` is the tokens of one forward pass; with 1 every unit runs alone.
+    """
+    lost = [[row for row in unit if row.ref_logps is None and key(row) not in known]
+            for unit in units]
+    for group in tokens.micro_batches([rows for rows in lost if rows], budget):
         rows = [row for unit in group for row in unit]
         batch = tokens.collate(rows)
         with lora.disabled(net):
-            logps = net.response_logps(batch.ids, batch.response_mask)[0].sum(-1)
-        known.update(zip(map(key, rows), logps.tolist(), strict=True))
-    return [tuple(row if row.ref_logps is not None else replace(row, ref_logps=known[key(row)])
-                  for row in unit) for unit in units]
+            logps = net.response_logps(batch.ids, batch.response_mask)[0].sum(-1).tolist()
+        known.update((key(r), v) for r, v in zip(rows, logps, strict=True) if math.isfinite(v))
+    return [tuple(row if row.ref_logps is not None else
+                  replace(row, ref_logps=known.get(key(row), math.nan)) for row in unit)
+            for unit in units]
 
 
 def through(net: model.Transformer, batches: Iterator[tuple], path: Path,
-            budget: int) -> Iterator[tuple]:
+            known: Known) -> Iterator[tuple]:
     """mixture.stream's (units, place), every row with its ref_logps, by the store at `path`.
 
-    The store is read first, and written after every NEW rows and at the end.
+    `known` is what the store holds; it is written after every NEW rows, and at the end.
     """
-    known = read(path)
     written = len(known)
     try:
         for units, place in batches:
-            yield fill(net, units, known, budget), place
+            yield fill(net, units, known, 1), place
             if len(known) - written >= NEW:
                 write(path, known)
                 written = len(known)

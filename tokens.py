@@ -65,7 +65,7 @@ class Batch:
     response_mask: Tensor  # (B, T) bool
     rewards: Tensor  # (B,) float32
     kinds: tuple[str, ...]  # B of "sft", "chosen", "rejected", "scored"
-    ref_logps: Tensor | None  # (B,) float32
+    ref_logps: Tensor | None  # (B,) float64
 
 
 def read_json(path: Path) -> dict:
@@ -288,4 +288,4 @@ def collate(rows: Sequence[Encoded]) -> Batch:
     mask = (start <= position) & (position < end)
     rewards, known = torch.tensor([e.reward for e in rows]), [e.ref_logps for e in rows]
     return Batch(ids, mask, rewards.float(), tuple(e.kind for e in rows),
-                 None if None in known else torch.tensor(known))
+                 None if None in known else torch.tensor(known, dtype=torch.float64))

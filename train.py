@@ -6,6 +6,7 @@ the loss per term, one division by the step's own number of terms, backward, cli
     python train.py                                                    the demo, DEMO below
     python train.py --model DIR --data FILE --loss uft --template alpaca --max_length 512
 """
+import contextlib
 import json
 import math
 import os
@@ -163,7 +164,7 @@ def train_step(
         parts.append((scores.logps.detach(), scores.ref_logps, batch.rewards))
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-    loss = torch.stack(shares).sum().item()  # the host has not waited for the device till now
+    loss = torch.stack(shares).sum().item()  # only kto has waited for the device till now
     if not math.isfinite(loss) or not norm.isfinite():
         bad = [n for n, p in net.named_parameters()
                if p.grad is not None and not p.grad.isfinite().all()]
@@ -242,6 +243,7 @@ def train(config: Config) -> Path:
     chat, tests = open_chat(config, folder), exam.read_tests(config)
     files, weights, held, told, dropped, size = mixture.load_data(
         config, chat, LOSSES[config.loss].reads)
+    kept = LOSSES[config.loss].reference and reference.store(config, folder)
     net, optimizer = adapted(config, folder)
     steps = config.steps or math.ceil(config.epochs * size / config.batch_size)
     state = {"step": 0, "num_tokens": 0, "place": (0, 0)}
@@ -257,10 +259,7 @@ def train(config: Config) -> Path:
     if state["step"]:
         print(f"resume  after step {state['step']}, {state['num_tokens']} tokens seen")
     batches = mixture.stream(files, weights, config, state["place"], out / "dropped.jsonl")
-    if config.reference_cache and LOSSES[config.loss].reference:
-        path = Path(config.reference_cache) / reference.fingerprint(folder, config.dtype)
-        batches = reference.through(net, batches, path.with_suffix(".safetensors"),
-                                    config.micro_batch_tokens)
+    batches = reference.through(net, batches, *kept) if kept else batches
     first, _ = next(mixture.stream(files, weights, config))
     print(report.example(first[0][0], chat))
     if not config.resume:
@@ -270,7 +269,8 @@ def train(config: Config) -> Path:
                       config.micro_batch_tokens)
     with lora.disabled(net):
         before = exam.examine(net, chat, asked)
-    run_steps(net, optimizer, batches, state, steps, size, config, out)
+    with contextlib.closing(batches):
+        run_steps(net, optimizer, batches, state, steps, size, config, out)
     lora.save(net, out / "adapter", str(config.model))
     chat.save(out / "adapter")
     results = exam.compare(before, exam.examine(net, chat, asked))
@@ -283,7 +283,7 @@ def train(config: Config) -> Path:
 
 
 def run_steps(
-    net: model.Transformer, optimizer: torch.optim.Optimizer, batches: Iterator[list], state: dict,
+    net: model.Transformer, optimizer: torch.optim.Optimizer, batches: Iterator[tuple], state: dict,
     steps: int, size: int, config: Config, out: Path,
 ) -> None:
     """Trains from state["step"] to `steps`: a line of metrics.jsonl each, then a checkpoint."""
@@ -292,9 +292,9 @@ def run_steps(
     start = state["step"]
     with bar, open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
         for step in range(start, steps):
-            clock, (units, place) = time.perf_counter(), next(batches)
-            rate = learning_rate(step, steps, config)
+            clock, units, rate = time.perf_counter(), [], learning_rate(step, steps, config)
             try:
+                units, place = next(batches)
                 metrics = train_step(net, optimizer, units, config, rate)
             except (FloatingPointError, RuntimeError) as error:
                 raise stopped(error, step, units, config, out) from error

@@ -9,6 +9,6 @@ flags=(
   --data "$DATA/instruction-data-with-preference.json"
   --loss uft --beta 0.1 --lr 1e-3 --steps 300
   --template mistral-inst --max_length 512 --held_out 300
-  --micro_batch_tokens 1024        # short groups of rows: less padding, the same numbers
+  --micro_batch_tokens 1024        # small groups of rows: less memory, the same numbers
 )
 exec "${PYTHON:-.venv/bin/python}" train.py "${flags[@]}" "$@"

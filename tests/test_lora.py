@@ -159,7 +159,7 @@ def test_removing_puts_plain_linear_layers_back():
     lora.remove(bare)
     lora.merge(net)
     lora.remove(net)
-    assert not lora.adapters(net) and type(net.get_submodule(FIRST)) is nn.Linear
+    assert not lora.adapters(net) and type(net.get_submodule(FIRST)) is model.Linear
     assert net.state_dict().keys() == base.state_dict().keys()
     assert torch.equal(logits(bare), logits(base))
     torch.testing.assert_close(logits(net), want, rtol=0, atol=1e-10)
@@ -236,7 +236,7 @@ def test_a_target_that_matches_nothing_is_an_error(targets):
 def test_an_adapter_on_the_head_moves_the_logps():
     """The head is a layer like the others: its adapter learns, and merging it changes nothing.
 
-    Red: lora.py:LoRALinear.total: `self.weight + self.delta()` -> `self.weight`
+    Red: lora.py:LoRALinear.widened: `self.scale * down` -> `0 * down`
     """
     net, base = adapted(targets=("lm_head",)), tiny.transformer()
     want = logits(net)
