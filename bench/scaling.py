@@ -167,20 +167,23 @@ def figure(record: dict, path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(7, 5), layout="constrained")
         for part, ax in zip(SIZES, drawn.subplots(2, 2).flat, strict=True):
-            lines, heads = record.get(part, []), TABLES[part][1]
+            if not (lines := record.get(part)):
+                continue
+            heads = TABLES[part][1]
             sizes, step_part = [d[part] for d in lines], part in SETTINGS
             for key, color in zip(("mib", "mib_saved" if step_part else "seconds"), COLORS):
-                ax.plot(sizes, [d[key] for d in lines], "o-", color=color, label=heads[key],
-                        markersize=4)
-            ax.set(xscale="log", xlabel=heads[part],
-                   ylabel="memory of a step, MiB" if step_part else "to the first batch")
+                ax.plot(sizes, [d[key] for d in lines], "o-", ms=4, color=color, label=heads[key])
+            ax.set(xscale="log", xlabel=heads[part], ylabel="memory of a step, MiB"
+                   if step_part else "to the first batch: MiB, seconds")
             ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
-            ax.minorticks_off()
-            if part in ("length", "data"):
+            if part == "length":
                 ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:,.0f}")
             else:
                 ax.set_ylim(bottom=0)
-            ax.legend(fontsize=7)
+            ax.minorticks_off()
+            if part in ("length", "data"):
+                ax.legend(fontsize=7)
         drawn.savefig(path, transparent=True, metadata={"Date": None})
 
 
@@ -203,9 +206,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part in options.parts:
         sizes, record[part] = SIZES.get(part, [options.load]), []
         with tempfile.TemporaryDirectory(dir=runs) as folder:  # on a disk, where /tmp may be memory
-            for point in points(part, sizes, work.SHAPES["small"], Path(folder)):
-                record[part].append(measure(part, point))
-                print(part, record[part][-1], file=sys.stderr, flush=True)
+            try:
+                for point in points(part, sizes, work.SHAPES["small"], Path(folder)):
+                    record[part].append(measure(part, point))
+                    print(part, record[part][-1], file=sys.stderr, flush=True)
+            except ValueError as error:
+                parser.exit(2, f"bench.scaling: {error}\n")
         options.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     figure(record, options.figure)
     print(table(record), end="")
