@@ -134,8 +134,7 @@ def points(part: str, sizes: Sequence, shape: work.Shape, folder: Path) -> Itera
 
 
 def measure(part: str, point: dict) -> dict:
-    """A line of the record: the point, without its files, and what its process says; a step is
-    measured in two, `_saved` the one with checkpointing."""
+    """The point without its files and what its process says; `_saved`: a step's, checkpointing."""
     line = {k: v for k, v in point.items() if k not in ("folder", "file")}
     for end, on in (("", False), ("_saved", True))[:1 + (part in SETTINGS)]:
         given = json.dumps(point | {"part": part, "checkpointing": on})

@@ -49,8 +49,8 @@ def test_points_vary_one_number_and_share_the_model(tmp_path):
 
 
 def test_a_step_grows_with_its_rows_until_a_micro_batch_is_full(tmp_path, monkeypatch):
-    """Sixteen rows in micro-batches of one take what one takes, all together far more.
-    Red: bench/scaling.py:step: `micro_batch_tokens=point["micro_batch_tokens"]` -> ``
+    """Thirty-two rows in micro-batches of one take what one takes, all together far more.
+    Red: bench/scaling.py:step: `point["micro_batch_tokens"]` -> `8192`
     Red: bench/scaling.py:step: `memory()["VmHWM"] - before["VmRSS"]` -> `memory()["VmRSS"]`"""
     monkeypatch.setattr(scaling, "REPEAT", 2)
     point, = points("rows", (32,), tmp_path)
