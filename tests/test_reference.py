@@ -1,4 +1,5 @@
 """Kept log-probs of the reference are those of the pass they replace, and say whose they are."""
+import contextlib
 import itertools
 import json
 import shutil
@@ -84,7 +85,7 @@ def test_the_key_tells_ids_and_where_the_response_begins():
 @pytest.mark.parametrize("change", ["weights", "config", "dtype"])
 def test_another_model_has_another_store(base, tmp_path, change):
     """Red: reference.py:fingerprint: `*model.weight_files(folder)` -> ``
-    Red: reference.py:fingerprint: `folder / "config.json", ` -> ``
+    Red: reference.py:fingerprint: `folder / "config.json"` -> `folder / "tokenizer.json"`
     Red: reference.py:fingerprint: `f"{dtype} ` -> `f"`"""
     other, dtype = shutil.copytree(base, tmp_path / "other"), "float32"
     want = reference.fingerprint(base, dtype, "cpu")
@@ -153,13 +154,13 @@ def test_a_run_with_a_store_is_the_run_without_one(base, files, tmp_path, loss, 
 
 def test_a_stopped_run_keeps_what_it_worked_out(adapted, units, tmp_path, monkeypatch):
     """Every NEW rows, and when the loop is left for whatever reason.
-    Red: reference.py:through: `>= NEW:` -> `>= 10**9:`"""
+    Red: reference.py:through: `>= NEW:` -> `> NEW:`"""
     monkeypatch.setattr(reference, "NEW", 4)
     path = tmp_path / "store.safetensors"
     batches = reference.through(adapted, ((units[i:i + 2], i) for i in range(0, 40, 2)), path, {})
-    next(batches)
-    next(batches)
-    assert len(reference.read(path)) == 4
-    batches.close()
+    with contextlib.closing(batches):
+        next(batches)
+        next(batches)
+        assert len(reference.read(path)) == 4
     assert len(reference.read(path)) == 8
     assert lora.adapters(adapted)
