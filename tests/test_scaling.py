@@ -57,7 +57,7 @@ def test_a_step_grows_with_its_rows_until_a_micro_batch_is_full(tmp_path, monkey
     point |= {"length": 128, "checkpointing": False}
     scaling.step(point)  # what a process does once
     cut, whole = (scaling.step(point | {"micro_batch_tokens": n}) for n in (128, 4096))
-    assert cut["mib"] + 8 < whole["mib"] < 200
+    assert 4 * cut["mib"] < whole["mib"] < 200 and whole["mib"] > 4
     assert cut["seconds"] > 0
 
 
