@@ -4,7 +4,8 @@
 
 B starts at zero, so a fresh adapter changes nothing, bit for bit: the model with its adapters off
 IS the reference policy, and log pi_theta - log pi_ref is exactly 0 at the first step.
-Adapters are float32 whatever the base dtype (float64 over a float64 base); the base is frozen.
+Adapters are float32 whatever the base dtype (float64 over a float64 base), multiplied in the dtype
+of x, as under autocast; the base is frozen.
 On disk an adapter is PEFT's folder: adapter_config.json and adapter_model.safetensors.
 Letters: I inputs, O outputs, R rank.
     python lora.py merge --model DIR --adapter DIR --out DIR

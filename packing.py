@@ -64,7 +64,9 @@ def pack(ids_BT: Tensor, response_mask_BT: Tensor, device: torch.device) -> Pack
 
 def send(x: Tensor, device: torch.device) -> Tensor:
     """x on `device`; to a GPU from pinned memory, so that the host does not wait."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    if device.type == "cuda" and x.is_cpu:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def attention_mask(queries: int, keys: int, window: int | None,

@@ -23,7 +23,7 @@ CAPS = {
     "model.py": 330, "config.py": 120, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 120, "report.py": 170, "parallel.py": 120, "mixture.py": 100, "lines.py": 110,
     "reference.py": 115,
-    "page.py": 240, "questions.py": 175, "rollouts.py": 190, "train.py": 360, "README.md": 170}
+    "page.py": 240, "questions.py": 175, "rollouts.py": 190, "train.py": 360, "README.md": 150}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")
                         for p in ROOT.glob(f"{folder}/*.py"))]
