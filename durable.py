@@ -21,12 +21,14 @@ ASIDE = re.compile(r"tmp-.+-\d+")  # tmp-NAME-PROCESS, nobody else's
 
 
 def sync(path: Path) -> None:
-    """fsync of a file, or of a folder's names.   Windows has none for folders."""
+    """fsync of a file, or of a folder's names; OSError names it.   Windows has none for folders."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(handle)
 

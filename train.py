@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -186,6 +186,7 @@ def train(config: Config) -> Path:
     kept = LOSSES[config.loss].reference and reference.store(config, folder)
     net, optimizer = adapted(config, folder)
     with checkpoint.locked(out):
+        run_folder(replace(config, out=str(out)))  # another run may have been here meanwhile
         run(net, optimizer, chat, folder, out, config, tests, files, loaded, kept)
     return out
 
@@ -205,8 +206,9 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
         print("\n".join(f"resume  {n}" for n in [
             *notes, f"after step {state['step']}, {state['num_tokens']} tokens seen"]))
     else:
-        report.write_lines(out / "dropped.jsonl", dropped)
         report.write_json(out / "config.json", asdict(config))
+    if not state["step"]:
+        report.write_lines(out / "dropped.jsonl", dropped)
     report.keep_lines(out / "dropped.jsonl")
     batches = mixture.stream(files, weights, config, state["place"], out / "dropped.jsonl")
     batches = reference.through(net, batches, *kept) if kept else batches
@@ -264,7 +266,7 @@ def run_steps(
                 report.step(bar, metrics, steps, left)
                 every = config.save_every or steps
                 if step + 1 == steps or (step + 1) % every == 0 or caught:
-                    os.fsync(log.fileno())
+                    durable.sync(out / "metrics.jsonl")
                     checkpoint.save(net, optimizer, out, state, config)
             except (FloatingPointError, RuntimeError, MemoryError) as error:
                 raise stops.explain(error, step, units, config, out) from error
