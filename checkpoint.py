@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -59,6 +60,14 @@ def locked(out: Path) -> Iterator[None]:
         durable.sweep(out)
         durable.sweep(out / "checkpoints")
         yield
+
+
+def check_room(net: nn.Module, out: Path) -> None:
+    """ValueError where the disk has not even room for one checkpoint: weights and two moments."""
+    need = 3 * sum(p.nbytes for p in net.parameters() if p.requires_grad)
+    if (free := shutil.disk_usage(out).free) < need:
+        raise ValueError(f"--out {out}: a checkpoint takes {need / 1e6:.1f} MB, the disk has "
+                         f"{free / 1e6:.1f} MB free: make room, or choose another disk")
 
 
 def steps(out: Path) -> list[Path]:

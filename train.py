@@ -198,6 +198,7 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
     steps = config.steps or math.ceil(config.epochs * size / config.batch_size)
     state = {"step": 0, "num_tokens": 0, "place": (0, 0),
              "inputs": checkpoint.inputs(config, folder, model.weight_files(folder))}
+    checkpoint.check_room(net, out)
     print(report.header(net, config, told, len(dropped), steps, out))
     print("".join(f"test    {name}: {len(asked)} questions\n" for name, asked in tests.items()),
           end="")

@@ -195,6 +195,18 @@ def test_a_run_that_began_meanwhile_is_not_overwritten(run, base, files, monkeyp
     assert "holds a run already" in refusal(capsys, *command(base, files, run))
 
 
+def test_a_disk_too_small_for_one_checkpoint_is_refused_before_training(
+        base, files, tmp_path, monkeypatch, capsys):
+    """Weights and both moments: 28 tensors of 1,120 numbers together, 12 bytes a number.
+    Red: checkpoint.py:check_room: `need = 3 *` -> `need = 2 *`
+    Red: train.py:run: `checkpoint.check_room(net, out)` -> `pass`"""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    told = refusal(capsys, *command(base, files, tmp_path / "run"))
+    assert "takes 0.0 MB, the disk has 0.0 MB free" in told
+    assert not (tmp_path / "run/config.json").exists()
+
+
 def test_leftovers_of_a_killed_run_are_swept(run):
     """Red: checkpoint.py:locked: `durable.sweep(out)` -> `pass`
     Red: checkpoint.py:locked: `durable.sweep(out / "checkpoints")` -> `pass`"""
