@@ -14,11 +14,12 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint
@@ -29,6 +30,7 @@ import losses
 import mixture
 import model
 import page
+import parallel
 import reference
 import report
 import tokens
@@ -38,6 +40,7 @@ DEMO = ("--model lab/base --data lab/data/demonstrations.jsonl --data lab/data/f
         "--test lab/data/instructions.jsonl --test lab/data/truth.jsonl "
         "--test lab/data/truth_choices.jsonl --loss uft --beta 0.1 --lr 7e-3 --epochs 3 "
         "--batch_size 32 --max_length 96 --sample_tokens 24")
+TIMEOUT = 600.0  # seconds that a process waits for another
 
 
 class Terms(NamedTuple):
@@ -118,25 +121,6 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     return config.lr * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) / 2
 
 
-def reference_point(net: model.Transformer, units: list, config: Config) -> tuple[Tensor, list]:
-    """KTO's z0 from mismatched rows of the whole step, no gradient; 0 for every other loss.
-
-    Also the units: z0's reference pass is theirs as well, and runs each prompt once.
-    """
-    rows = [e for unit in units for e in unit]
-    others = tokens.mismatch(rows) if config.loss == "kto" else []
-    if not others:
-        return torch.zeros((), device=next(net.parameters()).device), units
-    filled = reference.fill(net, list(zip(rows, others, strict=True)), {},
-                            config.micro_batch_tokens)
-    groups = tokens.micro_batches([[other] for _, other in filled], config.micro_batch_tokens)
-    with torch.no_grad():
-        found = [evaluate.score(net, tokens.collate([e for e, in group]), reference=True)
-                 for group in groups]
-    logps, ref_logps = (torch.cat([f[i] for f in found]) for i in (0, 1))
-    return losses.kto_z0(logps, ref_logps), [(row,) for row, _ in filled]
-
-
 def train_step(
     net: model.Transformer, optimizer: torch.optim.Optimizer, units: list, config: Config,
     rate: float,
@@ -147,24 +131,23 @@ def train_step(
     micro-batches. FloatingPointError before the update if loss or gradient is not finite.
     """
     objective, device = LOSSES[config.loss], next(net.parameters()).device
-    z0, units = reference_point(net, units, config)
+    z0, units = evaluate.reference_point(net, units, config)
     rows = [e for unit in units for e in unit]
     tokens_per_row = sum(len(e.ids) - e.prompt_len for e in rows) / len(rows)
-    shares, parts, kinds, starts = [], [], [], []
-    for group in tokens.micro_batches(units, config.micro_batch_tokens):
+    found, (groups, own, before) = [], parallel.turns(units, config.micro_batch_tokens)
+    for number, group in enumerate(groups):
         batch = tokens.collate([e for unit in group for e in unit])
         scores = evaluate.score(net, batch, objective.reference, config.gradient_checkpointing)
         rewards = batch.rewards.to(device, non_blocking=True)
-        share = objective.loss(Terms(*scores, rewards, batch.kinds, z0, tokens_per_row,
-                                     config)).sum() / len(units)
-        share.backward()
-        shares.append(share.detach())
-        starts += [len(kinds) + i for i in evaluate.pair_starts(group)]
-        kinds += batch.kinds
-        parts.append((scores.logps.detach(), scores.ref_logps, batch.rewards))
+        each = objective.loss(Terms(*scores, rewards, batch.kinds, z0, tokens_per_row, config))
+        (each.sum() * float(number < own) / len(units)).backward()
+        each = F.pad(each, (0, len(rewards) - len(each)))  # pairs have half as many as rows
+        found.append(torch.stack([x for x in (each, *scores[:2]) if x is not None]).detach())
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    parallel.sum_gradients(trained)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-    loss = torch.stack(shares).sum().item()  # only kto has waited for the device till now
+    each, logps, *refs = parallel.together(torch.cat(found[:own], 1), before, len(rows))
+    loss = each.sum().item() / len(units)  # only kto has waited for the device till now
     if not math.isfinite(loss) or not norm.isfinite():
         bad = [n for n, p in net.named_parameters()
                if p.grad is not None and not p.grad.isfinite().all()]
@@ -175,10 +158,10 @@ def train_step(
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    logps, refs, rewards = zip(*parts, strict=True)
-    refs = torch.cat(refs).cpu() if objective.reference else None
+    rewards = torch.tensor([e.reward for e in rows])
     return {"loss": loss, "grad_norm": norm.item(), "learning_rate": rate} | evaluate.measure(
-        torch.cat(logps).cpu(), refs, torch.cat(rewards).cpu(), kinds, starts, config.beta)
+        logps.cpu(), refs[0].cpu() if refs else None, rewards, [e.kind for e in rows],
+        evaluate.pair_starts(units), config.beta)
 
 
 @torch.no_grad()
@@ -227,10 +210,13 @@ def open_chat(config: Config, folder: Path) -> tokens.Chat:
 
 def adapted(config: Config, folder: Path) -> tuple[model.Transformer, torch.optim.Optimizer]:
     """The frozen model with fresh adapters, and the optimizer that trains them."""
-    net = model.load(folder, getattr(torch, config.dtype), config.device)
+    several = parallel.size() > 1
+    net = model.load(folder, getattr(torch, config.dtype), "cpu" if several else config.device)
     torch.manual_seed(config.seed)
     targets = "all-linear" if config.lora_targets == ("all-linear",) else config.lora_targets
     lora.inject(net, config.lora_r, config.lora_alpha, targets, config.lora_dropout)
+    if several:
+        parallel.shard(net, config.device)
     return net, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad],
                                   lr=config.lr, weight_decay=config.weight_decay)
 
@@ -238,6 +224,7 @@ def adapted(config: Config, folder: Path) -> tuple[model.Transformer, torch.opti
 def train(config: Config) -> Path:
     """A whole run; returns its folder.   ValueError for whatever a user can set right."""
     began = time.perf_counter()
+    config = replace(config, device=parallel.start(config, TIMEOUT))
     check_device(config.device)
     folder, out = model.resolve(config.model), run_folder(config)
     chat, tests = open_chat(config, folder), exam.read_tests(config)
@@ -247,9 +234,13 @@ def train(config: Config) -> Path:
     net, optimizer = adapted(config, folder)
     steps = config.steps or math.ceil(config.epochs * size / config.batch_size)
     state = {"step": 0, "num_tokens": 0, "place": (0, 0)}
+    parallel.agree({
+        "arguments": repr(replace(config, device="", out=str(out))), "data": repr((told, size)),
+        "model": repr([(p.name, p.stat().st_size) for p in model.weight_files(folder)]),
+        "torch": torch.__version__}, config.device)
     if config.resume:
         state = checkpoint.resume(net, optimizer, out, asdict(config))
-    else:
+    elif not parallel.rank():
         out.mkdir(parents=True, exist_ok=True)
         report.write_json(out / "config.json", asdict(config))
         report.write_lines(out / "dropped.jsonl", dropped)
@@ -258,7 +249,8 @@ def train(config: Config) -> Path:
           end="")
     if state["step"]:
         print(f"resume  after step {state['step']}, {state['num_tokens']} tokens seen")
-    batches = mixture.stream(files, weights, config, state["place"], out / "dropped.jsonl")
+    batches = mixture.stream(files, weights, config, state["place"],
+                             None if parallel.rank() else out / "dropped.jsonl")
     batches = reference.through(net, batches, *kept) if kept else batches
     first, _ = next(mixture.stream(files, weights, config))
     print(report.example(first[0][0], chat))
@@ -271,9 +263,12 @@ def train(config: Config) -> Path:
         before = exam.examine(net, chat, asked)
     with contextlib.closing(batches):
         run_steps(net, optimizer, batches, state, steps, size, config, out)
-    lora.save(net, out / "adapter", str(config.model))
-    chat.save(out / "adapter")
+    if not parallel.rank():
+        lora.save(net, out / "adapter", str(config.model))
+        chat.save(out / "adapter")
     results = exam.compare(before, exam.examine(net, chat, asked))
+    if parallel.rank():
+        return out
     results |= {"verdict": report.verdict(results["held_out"]["after"], results["tests"]),
                 "seconds": time.perf_counter() - began}
     report.write_json(out / "results.json", results)
@@ -287,10 +282,11 @@ def run_steps(
     steps: int, size: int, config: Config, out: Path,
 ) -> None:
     """Trains from state["step"] to `steps`: a line of metrics.jsonl each, then a checkpoint."""
-    report.keep_lines(out / "metrics.jsonl", state["step"])
+    kept = Path(os.devnull) if parallel.rank() else out / "metrics.jsonl"
+    report.keep_lines(kept, state["step"])
     bar, began = report.progress(steps, state["step"]), time.perf_counter()
     start = state["step"]
-    with bar, open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
+    with bar, open(kept, "a", encoding="utf-8") as log:
         for step in range(start, steps):
             clock, units, rate = time.perf_counter(), [], learning_rate(step, steps, config)
             try:
@@ -308,14 +304,16 @@ def run_steps(
             log.flush()
             left = (now - began) / (step + 1 - start) * (steps - step - 1)
             report.step(bar, metrics, steps, left)
-            if step + 1 == steps or config.save_every and (step + 1) % config.save_every == 0:
+            due = step + 1 == steps or config.save_every and (step + 1) % config.save_every == 0
+            if due and not parallel.rank():
                 checkpoint.save(net, optimizer, out, state | {"place": place})
 
 
 def stopped(error: Exception, step: int, units: list, config: Config, out: Path) -> Exception:
     """What a user is told when a step fails: numbers or memory; other errors are ours."""
     if isinstance(error, FloatingPointError):
-        report.write_lines(out / "bad_batch.jsonl", [asdict(e) for unit in units for e in unit])
+        if not parallel.rank():
+            report.write_lines(out / "bad_batch.jsonl", [asdict(e) for u in units for e in u])
         return ValueError(f"step {step + 1}: {error}. Usual causes: --lr {config.lr} too high, "
                           f"damaged weights. The batch is saved in {out / 'bad_batch.jsonl'}")
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
@@ -323,7 +321,7 @@ def stopped(error: Exception, step: int, units: list, config: Config, out: Path)
             f"out of memory at step {step + 1}. Try in this order: --micro_batch_tokens "
             f"{config.micro_batch_tokens // 2}, --gradient_checkpointing true, --dtype bfloat16, "
             f"--max_length {config.max_length // 2}")
-    return error
+    return parallel.told(error, f"at step {step + 1}", TIMEOUT)
 
 
 def demo_flags() -> list[str]:
@@ -344,9 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_flags(argv, names)
     try:
         train(config)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError, RuntimeError) as error:
+        parallel.fail(parallel.told(error, "before or after training", TIMEOUT))
     except KeyboardInterrupt:
         print("train.py: stopped; --out RUN --resume true goes on from its newest checkpoint",
               file=sys.stderr)
