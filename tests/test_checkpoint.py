@@ -284,8 +284,8 @@ def test_a_signal_ends_a_run_behind_a_saved_step_and_it_goes_on_bit_for_bit(
         done, base, files, tmp_path, name, code):
     """Red: stops.py:signals: `caught.append(number)` -> `pass`
     Red: stops.py: `signal.SIGINT, signal.SIGTERM` -> `signal.SIGINT, signal.SIGHUP`
-    Red: train.py:run_steps: `% every == 0 or caught` -> `% every == 0`
-    Red: train.py:main: `sys.exit(128 + stop.args[1])` -> `sys.exit(2)`"""
+    Red: train.py:run_steps: `(due or number)` -> `due`
+    Red: train.py:main: `128 + stop.args[1]` -> `2`"""
     argv = command(base, files, tmp_path / "run", "--save_every", "0")
     ended = subprocess.run([sys.executable, "-c", START.format(times=1, name=name), *argv],
                            cwd=ROOT, capture_output=True, text=True, check=False)
