@@ -150,6 +150,15 @@ def test_the_logged_loss_is_the_optimised_loss(loss, monkeypatch):
     assert (logged[0] - logged[1]) / 2e-5 == pytest.approx(metrics["grad_norm"], rel=1e-6)
 
 
+def test_an_adapter_without_a_gradient_stops_the_run_by_name():
+    """One that no forward pass meets, as where checkpointing cuts the graph.
+    Red: train.py:train_step: `p.requires_grad and p.grad is None` -> `False`"""
+    net = policy()
+    net.unused = lora.LoRALinear(net.lm_head, 2, 1.0, 0.0)
+    with pytest.raises(FloatingPointError, match="2 adapter tensors get no .* unused.lora_A"):
+        step(net, units_of("uft"), settings())
+
+
 def test_the_learning_rate_climbs_in_a_line_and_falls_in_half_a_cosine():
     """10 of 110 steps: 1/10 at first, all at the 10th, half in the middle of the rest, 0 at last.
     Red: train.py:learning_rate: `(step + 1) / ramp` -> `step / ramp`
