@@ -123,9 +123,10 @@ def largest(number: int, device: str) -> int:
 
 
 def fail(message: str, code: int) -> None:
-    """Says why this process ends, and ends it."""
+    """Says why this process ends, if anything, and ends it."""
     place = os.environ.get("RANK", "0")
-    time.sleep(2 * (place != "0"))  # till then torchrun has ended who says the same as the first
-    print(f"rank {place}: train.py: {message}".removeprefix("rank 0: "), file=sys.stderr,
-          flush=True)
+    if message:
+        time.sleep(2 * (place != "0"))  # till then torchrun ends who says the same as the first
+        print(f"rank {place}: train.py: {message}".removeprefix("rank 0: "), file=sys.stderr,
+              flush=True)
     (os._exit if size() > 1 else sys.exit)(code)  # _exit waits for no one that is dead

@@ -178,6 +178,7 @@ def train(config: Config) -> Path:
     with checkpoint.locked(out) if not parallel.rank() else contextlib.nullcontext():
         if not parallel.rank():
             run_folder(replace(config, out=str(out)))  # another run may have been here meanwhile
+            checkpoint.check_room(net, out)
         run(net, optimizer, chat, folder, out, config, tests, files, loaded, kept, inputs)
     return out
 
@@ -189,7 +190,6 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
     began, (weights, held, told, dropped, size) = time.perf_counter(), loaded
     steps = config.steps or math.ceil(config.epochs * size / config.batch_size)
     state = {"step": 0, "num_tokens": 0, "place": (0, 0), "inputs": inputs}
-    checkpoint.check_room(net, out)
     print(report.header(net, config, told, len(dropped), steps, out))
     print("".join(f"test    {name}: {len(asked)} questions\n" for name, asked in tests.items()),
           end="")
@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         parallel.fail(str(known), 2)
     except stops.Stopped as stop:
-        parallel.fail(stop.args[0], 128 + stop.args[1])
+        parallel.fail("" if parallel.rank() else stop.args[0], 128 + stop.args[1])
     except KeyboardInterrupt:
         print("train.py: stopped; --out RUN --resume true goes on from its newest checkpoint",
               file=sys.stderr)

@@ -199,7 +199,7 @@ def test_a_disk_too_small_for_one_checkpoint_is_refused_before_training(
         base, files, tmp_path, monkeypatch, capsys):
     """Weights and both moments: 28 tensors of 1,120 numbers together, 12 bytes a number.
     Red: checkpoint.py:check_room: `need = 3 *` -> `need = 2 *`
-    Red: train.py:run: `checkpoint.check_room(net, out)` -> `pass`"""
+    Red: train.py:train: `checkpoint.check_room(net, out)` -> `pass`"""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     told = refusal(capsys, *command(base, files, tmp_path / "run"))
