@@ -66,8 +66,8 @@ def check_room(net: nn.Module, out: Path) -> None:
     """ValueError where the disk has not even room for one checkpoint: weights and two moments."""
     need = 3 * sum(p.nbytes for p in net.parameters() if p.requires_grad)
     if (free := shutil.disk_usage(out).free) < need:
-        raise ValueError(f"--out {out}: a checkpoint takes {need / 1e6:.1f} MB, the disk has "
-                         f"{free / 1e6:.1f} MB free: make room, or choose another disk")
+        raise ValueError(f"--out {out}: a checkpoint takes {need / 1e6:.2f} MB, the disk has "
+                         f"{free / 1e6:.2f} MB free: make room, or choose another disk")
 
 
 def steps(out: Path) -> list[Path]:
@@ -99,7 +99,7 @@ def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dic
             durable.remove(old)
     except OSError as error:
         need = sum(t.nbytes for t in (trained | tensors).values()) / 1e6
-        raise ValueError(f"saving {final} failed: {error}; it needs {need:.1f} MB. Older "
+        raise ValueError(f"saving {final} failed: {error}; it needs {need:.2f} MB. Older "
                          "checkpoints are whole: mend the disk and give --resume true") from error
 
 
