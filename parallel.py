@@ -108,7 +108,7 @@ def sum_gradients(trained: list[torch.nn.Parameter]) -> None:
 
 def told(error: Exception, when: str, timeout: float) -> Exception:
     """A ValueError in place of what torch raises when another process is gone; else `error`."""
-    gone = size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    gone = isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)
     return ValueError(f"another process died or did not answer for {timeout:g} s {when}; start "
                       f"again with --resume true ({str(error).split('. ')[0]})") if gone else error
 

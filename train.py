@@ -343,7 +343,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         train(config)
     except (ValueError, OSError, RuntimeError) as error:
-        parallel.fail(parallel.told(error, "before or after training", TIMEOUT))
+        told = parallel.told(error, "before or after training", TIMEOUT)
+        if isinstance(told, RuntimeError):
+            raise
+        parallel.fail(told)
     except KeyboardInterrupt:
         print("train.py: stopped; --out RUN --resume true goes on from its newest checkpoint",
               file=sys.stderr)

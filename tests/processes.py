@@ -159,7 +159,7 @@ def work(job, world):
         parallel.start(test_train.settings(**RULES), 30 if job == "numbers" else TIMEOUT)
         return numbers() if job == "numbers" else fault(job)
     except ValueError as error:
-        return parallel.fail(error)
+        return parallel.fail(parallel.told(error, "twice", TIMEOUT))
 
 
 def child(name, job, world, rank, port):

@@ -153,8 +153,8 @@ def check(stderr, words, usage):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_ends_with_one_sentence_and_exit_code_2(case, place, capsys):
-    """Red: train.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
-    Red: train.py:main: `sys.exit(2)` -> `sys.exit(1)`
+    """Red: train.py:main: `(ValueError, OSError, RuntimeError)` -> `ZeroDivisionError`
+    Red: parallel.py:fail: `sys.exit)(2)` -> `sys.exit)(1)`
     Red: evaluate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: page.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: generate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
@@ -204,7 +204,8 @@ def test_out_of_memory_names_the_step_and_what_to_try(error, place, capsys, monk
 
 
 def test_an_error_of_ours_keeps_its_traceback(place, monkeypatch):
-    """Red: train.py:stopped: `return error` -> `return ValueError("something failed")`"""
+    """Red: train.py:stopped: `return parallel.told(error,` -> `return ValueError(error,`
+    Red: train.py:main: `isinstance(told, RuntimeError)` -> `False`"""
     def train_step(*_):
         raise RuntimeError("shapes differ")
 
@@ -232,7 +233,7 @@ def test_a_run_is_neither_overwritten_nor_continued_otherwise(flags, words, plac
 
 
 def test_the_batch_that_broke_a_run_is_saved_with_its_rows(place):
-    """Red: train.py:stopped: `for e in unit]` -> `for e in unit[1:]]`"""
+    """Red: train.py:stopped: `for e in u]` -> `for e in u[1:]]`"""
     with pytest.raises(SystemExit):
         train.main(command(place, "train", "--lr 1e30"))
     rows = (place / "run/bad_batch.jsonl").read_text("utf-8").splitlines()
