@@ -37,8 +37,7 @@ def start(config: Config, timeout: float) -> str:
     if config.reference_cache or config.device not in ("cpu", "cuda") or config.batch_size < world:
         raise ValueError(f"--batch_size {config.batch_size}, --device {config.device}: {world} pro"
                          f"cesses need {world} or more, cpu or cuda, and no --reference_cache")
-    if cuda := config.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    cuda = config.device == "cuda"
     try:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     except RuntimeError as error:
@@ -46,7 +45,7 @@ def start(config: Config, timeout: float) -> str:
                          f"on a port that is free ({error})") from None
     atexit.register(dist.destroy_process_group)
     sys.stdout = open(os.devnull, "w") if rank() else sys.stdout  # noqa: SIM115  (for good)
-    return f"cuda:{torch.cuda.current_device()}" if cuda else "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
 
 
 def agree(facts: dict[str, str], device: str) -> None:
@@ -60,12 +59,13 @@ def agree(facts: dict[str, str], device: str) -> None:
 
 
 def shard(net: model.Transformer, device: str) -> None:
-    """Cuts each block, then embedding, norm and head, and moves what a process keeps to `device`,
-    one after the other. Adapters are moved whole."""
+    """Cuts each block, then embedding, norm and head; what stays goes to `device`, one by one."""
     from torch.distributed import fsdp  # slow to import
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # where the mesh looks
     trained = {p for p in net.parameters() if p.requires_grad}
-    for p in trained:
+    for p in trained:  # adapters stay whole
         p.data = p.data.to(device)
     mesh = dist.init_device_mesh(device.split(":")[0], (size(),))
     for part in (*net.model.layers, net):

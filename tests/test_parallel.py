@@ -231,8 +231,8 @@ def test_a_fault_ends_every_process_with_one_sentence_soon(faults, fault):
     for rank, (code, sentence) in enumerate(ENDS[fault]):
         found, when = ends[f"{fault}-2-{rank}"]
         said = (folder / f"{fault}-2-{rank}.err").read_text("utf-8")
-        assert (found, said.count("train.py: ")) == (code, len(sentence) > 0), said
-        assert re.search(sentence, said, re.MULTILINE) and "Traceback" not in said
+        assert (found, said.count("\n")) == (code, len(sentence) > 0), said
+        assert re.search(sentence, said), said
         woken = 2.5 * (fault == "stop" and rank == 1)  # after rank 0 has ended
         assert when - since < processes.TIMEOUT + LATE + woken
 
