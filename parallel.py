@@ -47,7 +47,7 @@ def start(config: Config) -> str:
                          f"of them, on a port that is free ({error})") from None
     atexit.register(dist.destroy_process_group)
     sys.stdout = open(os.devnull, "w") if rank() else sys.stdout  # noqa: SIM115  (for good)
-    return f"cuda:{torch.cuda.current_device()}" if cuda else "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
 
 
 def agree(facts: dict[str, str], device: str) -> None:
@@ -61,12 +61,13 @@ def agree(facts: dict[str, str], device: str) -> None:
 
 
 def shard(net: model.Transformer, device: str) -> None:
-    """Cuts each block, then embedding, norm and head, and moves what a process keeps to `device`,
-    one after the other. Adapters are moved whole."""
+    """Cuts each block, then embedding, norm and head; what stays goes to `device`, one by one."""
     from torch.distributed import fsdp  # slow to import
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # where the mesh looks
     trained = {p for p in net.parameters() if p.requires_grad}
-    for p in trained:
+    for p in trained:  # adapters stay whole
         p.data = p.data.to(device)
     mesh = dist.init_device_mesh(device.split(":")[0], (size(),))
     for part in (*net.model.layers, net):
@@ -109,7 +110,7 @@ def sum_gradients(trained: list[torch.nn.Parameter]) -> None:
 
 def told(error: Exception, when: str, timeout: float) -> Exception:
     """A ValueError in place of what torch raises when another process is gone; else `error`."""
-    gone = size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    gone = isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)
     return ValueError(f"another process died or did not answer for {timeout:g} s {when}; start "
                       f"again with --resume true ({str(error).split('. ')[0]})") if gone else error
 

@@ -110,7 +110,7 @@ def test_the_order_of_units_in_a_step_changes_no_gradient(loss):
 @pytest.mark.parametrize("loss", ["uft", "uft_bce", "una_binary"])
 def test_each_row_is_pulled_to_its_own_reward(loss):
     """A step's gradient is the mean of its rows' own, each with its reward.
-    Red: train.py:train_step: `scores.mask, batch.rewards` -> `scores.mask, batch.rewards[:1]`
+    Red: train.py:train_step: `*scores, rewards, batch` -> `*scores, rewards[:1], batch`
     Red: tokens.py:collate: `[e.reward for e in rows]` -> `[rows[0].reward for e in rows]`"""
     units = units_of(loss)
     close(gradient(loss, units), sum(gradient(loss, [unit]) for unit in units) / len(units))
