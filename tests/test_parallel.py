@@ -120,7 +120,7 @@ def test_without_torchrun_nothing_happens():
     """Red: parallel.py:start: `== 1` -> `== 2`
     Red: parallel.py:together: `size() > 1` -> `size() > 0`"""
     x, error = torch.ones(3), RuntimeError("mat1 and mat2 shapes")
-    assert parallel.start(test_train.settings(device="meta"), 1) == "meta"
+    assert parallel.start(test_train.settings(device="meta")) == "meta"
     assert parallel.together(x, 2, 9) is x and parallel.told(error, "", 1) is error
     assert not torch.distributed.is_initialized()
 
