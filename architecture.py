@@ -86,8 +86,7 @@ def rope_parameters(raw: dict) -> dict:
     for key in ("rope_theta", *needs[kind]):
         bounds.positive(key, rope.get(key), 1e30)
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise ValueError(f"low_freq_factor {rope['low_freq_factor']} must be below "
-                         f"high_freq_factor {rope['high_freq_factor']}")
+        raise ValueError(f"low_freq_factor must be below high_freq_factor, found {rope}")
     return rope
 
 

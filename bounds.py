@@ -4,6 +4,7 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import strict
 
@@ -27,9 +28,11 @@ def positive(key: str, value: object, bound: float) -> float:
     return value
 
 
-def boolean(raw: dict, key: str) -> bool:
-    if raw.get(key) not in (True, False, None) or type(raw.get(key)) in (int, float):
-        raise ValueError(f"{key} must be true or false, found {strict.show(raw[key])}")
+def boolean(raw: dict, key: str, where: Path | None = None) -> bool:
+    """True or false; absent and null are false. `where` is the file, if the caller is silent."""
+    if raw.get(key) is not None and type(raw[key]) is not bool:
+        raise ValueError(f"{where}: " * bool(where) + f"{key} must be true or false, found "
+                         f"{strict.show(raw[key])}")
     return bool(raw.get(key))
 
 

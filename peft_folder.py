@@ -36,8 +36,8 @@ def read(folder: str | Path) -> tuple[dict, dict[str, tuple[Tensor, Tensor, floa
     for key in names:
         name = re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", key)
         a, b = (tensors.get(KEY.format(name, half)) for half in "AB")
-        r, alpha = (next((v for pattern, v in config[f"{kind}_pattern"] if pattern.fullmatch(name)),
-                         config[usual]) for kind, usual in (("rank", "r"), ("alpha", "lora_alpha")))
+        r, alpha = (next((v for p, v in config[f"{kind}_pattern"] if p.fullmatch(name)), usual)
+                    for kind, usual in (("rank", config["r"]), ("alpha", config["lora_alpha"])))
         if key not in (KEY.format(name, "A"), KEY.format(name, "B")) or a is None or b is None:
             raise ValueError(f"{path}: {key} is not half of a pair like {KEY.format('NAME', 'A')}")
         if a.shape[:-1] + b.shape[1:] != (r, r):
@@ -63,7 +63,7 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path) -> int:
         raise ValueError(f"{out} exists and is not empty: choose another --out")
     layers, shards = read(adapter)[1], weights.headers(model)
     if strict.read_json(model / "config.json").get("quantization_config"):
-        raise ValueError(f"{model / 'config.json'}: quantization_config is there: give the original")
+        raise ValueError(f"{model / 'config.json'} has a quantization_config: give the original")
     shapes = {n: s for found in shards.values() for n, s in found.items()}
     want = {f"{name}.weight": (len(b), a.shape[1]) for name, (a, b, _) in layers.items()}
     if odd := sorted(name for name in want if shapes.get(name) != want[name]):

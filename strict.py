@@ -111,3 +111,7 @@ def read_json(path: Path, limit: int = LIMIT) -> dict:
         return parse(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}{sign(text[:99].encode('utf-8'))}") from None
+
+
+def optional_json(path: Path) -> dict:
+    return read_json(path) if exists(path) else {}

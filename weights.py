@@ -4,6 +4,7 @@
     N bytes: {"NAME": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
     the tensors one behind the other, without overlap, hole or rest
 """
+import itertools
 import math
 import os
 from pathlib import Path
@@ -37,15 +38,14 @@ def header(path: Path) -> Header:
         if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
             raise ValueError("__metadata__ is no object of texts")
         spans = sorted(span(name, entry) for name, entry in found.items())
-        for (_, end, name), (begin, _, after) in zip([(0, 0, ""), *spans], spans, strict=False):
+        for (_, end, _), (begin, _, name) in itertools.pairwise([(0, 0, ""), *spans]):
             if begin != end:
-                raise ValueError(f"{after} begins at {begin}, but {name or 'the data'} ends at "
-                                 f"{end}" if name else f"{after} begins at {begin}, not 0")
+                raise ValueError(f"{name} begins at {begin}, but what is before it ends at {end}")
         if (end := spans[-1][1] if spans else 0) != size - 8 - length:
             raise ValueError(f"{size - 8 - length} bytes of tensors where the header has {end}, "
                              f"the last of them {spans[-1][2] if spans else 'none'}")
     except ValueError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}{strict.sign(start)}: "
+        raise ValueError(f"{path} is no readable safetensors file: {error}{strict.sign(start)}: "
                          "download it again") from None
     for name, entry in found.items():
         if entry["dtype"] not in BYTES:
@@ -76,8 +76,8 @@ def headers(folder: Path) -> dict[Path, Header]:
         if not strict.exists(single):
             beside = [p.name for e in ("bin", "pt", "pth", "ckpt", "h5", "gguf")
                       for p in sorted(folder.glob(f"*.{e}"))]
-            found = f"found only {beside[:4]}, pickles or foreign formats, which are never loaded: " \
-                "convert them once with transformers' save_pretrained" if beside else (
+            found = f"found only {beside[:4]}, pickles or other formats, which are never loaded" \
+                ": convert them once with transformers' save_pretrained" if beside else (
                     f"{strict.found(folder)}: download it")
             raise ValueError(f"{folder} has no {single.name}, {found}")
         return {single: header(single)}
@@ -88,7 +88,7 @@ def headers(folder: Path) -> dict[Path, Header]:
         raise ValueError(f"{index}: weight_map is {strict.show(places)}, expected an object of "
                          "tensor names and their files: download it again")
     for name, shard in places.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
+        if type(shard) is not str or Path(shard).name != shard or "\0" in shard:
             raise ValueError(f"{index}: {name} lies in {strict.show(shard)}, which is no file or "
                              "points outside the folder: download the index again")
         if not shard.endswith(".safetensors") or not strict.exists(folder / shard):
