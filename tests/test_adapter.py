@@ -180,7 +180,7 @@ def test_a_missing_or_broken_adapter_file_is_named(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} is missing"):
         lora.load(tiny.transformer(), tmp_path)
     (tmp_path / name).write_bytes(data[:len(data) // 2])
-    with pytest.raises(ValueError, match=f"{name}.* not valid JSON|{name}.* a header of"):
+    with pytest.raises(ValueError, match=f"{name}.* not valid JSON|{name}.* bytes of tensors"):
         lora.load(tiny.transformer(), tmp_path)
 
 

@@ -21,7 +21,7 @@ FLOORS = (("strict", "durable"), ("bounds", "weights"),
           ("questions", "rollouts"), ("evaluate",), ("exam",), ("train",))
 CAPS = {
     "losses.py": 280, "policy_gradients.py": 250, "data.py": 340, "tokens.py": 300, "lora.py": 230,
-    "strict.py": 120, "bounds.py": 100, "weights.py": 120, "peft_config.py": 80,
+    "strict.py": 120, "bounds.py": 120, "weights.py": 120, "peft_config.py": 80,
     "vocabulary.py": 120, "templates.py": 130,
     "peft_folder.py": 110, "architecture.py": 110, "backward.py": 330, "packing.py": 120,
     "model.py": 330, "config.py": 120, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,

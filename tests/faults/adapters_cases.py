@@ -61,10 +61,14 @@ def settings() -> list[Case]:
             words = "" if good else f"adapter;{key}"
             if key == "target_modules" and value in ("q_proj", ["q_proj"], "all", ["zork"],
                                                      [*ALL, "lm_head"]):
-                words = "adapter;q_proj" if "q_proj" in value else "matches no"
-                words = "lm_head" if "lm_head" in value else words
-            if key in ("r", "rank_pattern") and value in (4, 1, 10**12, {"q_proj": 3}):
-                words = f"adapter;rank {value['q_proj'] if isinstance(value, dict) else value}"
+                words = "adapter;" + ("lm_head" if "lm_head" in value else
+                                      "layers" if value == ["q_proj"] else
+                                      "q_proj" if "q_proj" in value else "matches no")
+            if key in ("r", "rank_pattern") and type(value) in (int, dict) and value in (
+                    4, 1, 10**12, {"q_proj": 3}):
+                words = f"adapter;{value['q_proj'] if isinstance(value, dict) else value}"
+            if value == {"q_proj": nan}:
+                words = "adapter;q_proj;nan"
             program = "generate" if "target" in words or key == "target_modules" else (
                 PROGRAMS[len(out) % 3])
             out.append(case(f"{family} {key} is {shown}", edit(CONFIG, **{key: value}), words,
@@ -104,7 +108,8 @@ def weights() -> list[Case]:
             ("E04 all missing", lambda t: t.clear(), "adapter"),
             ("E04 an extra tensor", lambda t: t.update({"lm_head.weight": torch.ones(2, 2)}),
              "lm_head.weight"),
-            ("E04 renamed", lambda t: t.update({Q0A.replace("q_proj", "wq"): t.pop(Q0A)}), "wq"),
+            ("E04 renamed", lambda t: t.update({Q0A.replace("q_proj", "wq"): t.pop(Q0A)}),
+             "q_proj"),
             ("E04 an adapter's own name in the keys", lambda t: t.update(
                 {Q0A.replace(".weight", ".default.weight"): t.pop(Q0A)}), "default"),
             ("E03 a layer more", lambda t: t.update({
@@ -133,8 +138,7 @@ def weights() -> list[Case]:
             out.append(case(f"{name}, {program}", tensors(WEIGHTS, edit_all), words, program))
     for dtype in ("bfloat16", "float16", "float64"):
         def cast(t: dict, dtype: str = dtype) -> None:
-            for key in t:
-                t[key] = t[key].to(getattr(torch, dtype))
+            t.update({key: w.to(getattr(torch, dtype)) for key, w in t.items()})
 
         out += [case(f"E16 in {dtype}, {p}", tensors(WEIGHTS, cast), "", p, "V")
                 for p in ("generate", "lora")]
