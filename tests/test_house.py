@@ -31,7 +31,8 @@ CAPS = {
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")
                         for p in ROOT.glob(f"{folder}/*.py"))]
-ALL = [*CODE, *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("tests/*.py"))]
+ALL = [*CODE, *sorted(p.relative_to(ROOT).as_posix() for pattern in ("*.py", "faults/*.py")
+                      for p in ROOT.glob(f"tests/{pattern}"))]
 PICKLES = {"pickle", "dill", "joblib", "marshal", "shelve", "yaml"}
 HELPERS = {"implicit_reward", "log1mexp", "kto_z0"}  # no losses
 
@@ -146,11 +147,14 @@ def test_lines_are_ascii_and_at_most_a_hundred_characters(name):
 def test_nothing_reads_pickles_or_runs_text_as_code(name):
     """Red: lora.py: `import argparse` -> `import argparse, pickle`
     Red: checkpoint.py:resume: `json.loads((folder` -> `eval((folder`
-    Red: checkpoint.py:resume: `load_file(folder` -> `torch.load(folder`"""
+    Red: checkpoint.py:resume: `load_file(folder` -> `torch.load(folder`
+    Red: model.py:save: `parents=True` -> `parents=True, shell=True`"""
     assert not imported(name) & PICKLES
     called = {ast.unparse(n.func) for n in nodes(name, ast.Call)}
-    assert not called & {"eval", "exec", "compile", "__import__", "torch.load"}
-    assert not any(k.arg == "trust_remote_code" for k in nodes(name, ast.keyword))
+    assert not called & {"eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load",
+                         "numpy.load", "os.system", "os.popen"}
+    assert not any(k.arg in ("trust_remote_code", "shell") for k in nodes(name, ast.keyword))
+    assert "trust_remote_code" not in "".join(lines(name))
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n.startswith("tests/test_")])

@@ -30,6 +30,53 @@ HTML = "<!DOCTYPE html><html><head><title>404</title></head><body>Not found</bod
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:12345\nsize 1234\n"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
+SAID = (  # keys of config.json, and words of the message
+    ("M05 eps is one", {"rms_norm_eps": 1}, "rms_norm_eps;1"),
+    ("M05 eps is 1.0", {"rms_norm_eps": 1.0}, "rms_norm_eps;1.0"),
+    ("M06 heads do not divide", {"head_dim": ..., "num_attention_heads": 3}, "3;heads"),
+    ("M06 three kv heads", {"num_key_value_heads": 3}, "3 kv heads"),
+    ("M06 more kv heads than heads", {"num_key_value_heads": 8}, "8 kv heads"),
+    ("M06 an odd head", {"head_dim": 7}, "head_dim;7"),
+    ("M07 a layer more", {"num_hidden_layers": 3}, "9 tensors are missing;layers.2"),
+    ("M07 a thousand layers", {"num_hidden_layers": 1000}, "num_hidden_layers;1000"),
+    ("M08 a layer less", {"num_hidden_layers": 1}, "have no place;layers.1"),
+    ("M30 model_type is a list", {"model_type": ["llama"]}, "model_type"),
+    ("M30 model_type is null", {"model_type": None}, "model_type"),
+    ("M30 gelu", {"hidden_act": "gelu"}, "hidden_act;gelu"),
+    ("M30 act is a list", {"hidden_act": ["silu"]}, "hidden_act"),
+    ("M30 attention_bias", {"attention_bias": True}, "attention_bias"),
+    ("M30 mlp_bias", {"mlp_bias": True}, "mlp_bias"),
+    ("M30 qwen2 without its biases", {"model_type": "qwen2"}, "bias;missing"),
+    ("M30 qwen3 without its norms", {"model_type": "qwen3"}, "k_norm;missing"),
+    ("M30 experts", {"num_local_experts": 8}, "num_local_experts"),
+    ("M30 gemma", {"model_type": "gemma2"}, "model_type;gemma2"),
+    ("M25 tie is a string", {"tie_word_embeddings": "false"}, "tie_word_embeddings;'fal"),
+    ("M25 tie is 1", {"tie_word_embeddings": 1}, "tie_word_embeddings"),
+    ("M15 quantisation", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("M31 hidden 10^8", {"hidden_size": 10**8}, "100000000"),
+    ("M31 layers 10^9", {"num_hidden_layers": 10**9}, "num_hidden_layers;1000000000"),
+    ("M31 layers 9999", {"num_hidden_layers": 9999}, "num_hidden_layers;9999"),
+    ("M31 heads 10^9", {"num_attention_heads": 10**9}, "num_attention_heads"),
+    ("M31 all 10^8", {k: 10**8 for k in SIZES if "num" not in k}, "100000000"),
+    ("M28 partial rotary", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("M28 rope_scaling is a list", {"rope_scaling": [1]}, "rope_scaling"),
+    ("M28 rope_scaling is a string", {"rope_scaling": "linear"}, "rope_scaling"),
+    ("M28 rope_parameters is 7", {"rope_parameters": 7}, "rope_parameters"),
+    ("M28 rope per layer kind", {"rope_parameters": {"full_attention": {"rope_type": "x"},
+                                                    "rope_theta": 5.0}}, "rope"),
+    ("M28 rope_type is a list", {"rope_scaling": {"rope_type": []}}, "rope_type"),
+    ("M28 layer_types is a string", {"layer_types": "full_attention"}, "layer_types"),
+    ("M28 layer_types is 3", {"layer_types": 3}, "layer_types"),
+    ("M28 an unknown layer type", {"layer_types": ["full_attention", "mamba"]},
+     "layer_types;mamba"),
+    ("M28 a list as layer type", {"layer_types": [[], []]}, "layer_types"),
+    ("M28 one layer type", {"layer_types": ["full_attention"]}, "layer_types"),
+    ("M28 max_window_layers is a string", {
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
+        "max_window_layers": "x"}, "max_window_layers;'x'"),
+    ("M28 use_sliding_window is a string", {
+        "model_type": "qwen2", "use_sliding_window": "no", "sliding_window": 4},
+     "use_sliding_window;'no'"))
 
 
 def intact() -> list[Case]:
@@ -109,53 +156,7 @@ def number_faults() -> list[Case]:
         out.append(Case(f"M03 no {key}", "generate", edit(
             CONFIG, **({"rope_parameters": ...} | {key: ...})), "",
                         f"config.json;{key}"))
-    for name, keys, words in (
-            ("M05 eps is one", {"rms_norm_eps": 1}, "rms_norm_eps;1"),
-            ("M05 eps is 1.0", {"rms_norm_eps": 1.0}, "rms_norm_eps;1.0"),
-            ("M06 heads do not divide", {"head_dim": ..., "num_attention_heads": 3}, "3;heads"),
-            ("M06 three kv heads", {"num_key_value_heads": 3}, "3 kv heads"),
-            ("M06 more kv heads than heads", {"num_key_value_heads": 8}, "8 kv heads"),
-            ("M06 an odd head", {"head_dim": 7}, "head_dim;7"),
-            ("M07 a layer more", {"num_hidden_layers": 3}, "9 tensors are missing;layers.2"),
-            ("M07 a thousand layers", {"num_hidden_layers": 1000}, "num_hidden_layers;1000"),
-            ("M08 a layer less", {"num_hidden_layers": 1}, "have no place;layers.1"),
-            ("M30 model_type is a list", {"model_type": ["llama"]}, "model_type"),
-            ("M30 model_type is null", {"model_type": None}, "model_type"),
-            ("M30 gelu", {"hidden_act": "gelu"}, "hidden_act;gelu"),
-            ("M30 act is a list", {"hidden_act": ["silu"]}, "hidden_act"),
-            ("M30 attention_bias", {"attention_bias": True}, "attention_bias"),
-            ("M30 mlp_bias", {"mlp_bias": True}, "mlp_bias"),
-            ("M30 qwen2 without its biases", {"model_type": "qwen2"}, "bias;missing"),
-            ("M30 qwen3 without its norms", {"model_type": "qwen3"}, "k_norm;missing"),
-            ("M30 experts", {"num_local_experts": 8}, "num_local_experts"),
-            ("M30 gemma", {"model_type": "gemma2"}, "model_type;gemma2"),
-            ("M25 tie is a string", {"tie_word_embeddings": "false"}, "tie_word_embeddings;'fal"),
-            ("M25 tie is 1", {"tie_word_embeddings": 1}, "tie_word_embeddings"),
-            ("M15 quantisation", {"quantization_config": {"bits": 4}}, "quantization_config"),
-            ("M31 hidden 10^8", {"hidden_size": 10**8}, "100000000"),
-            ("M31 layers 10^9", {"num_hidden_layers": 10**9}, "num_hidden_layers;1000000000"),
-            ("M31 layers 9999", {"num_hidden_layers": 9999}, "num_hidden_layers;9999"),
-            ("M31 heads 10^9", {"num_attention_heads": 10**9}, "num_attention_heads"),
-            ("M31 all 10^8", {k: 10**8 for k in SIZES if "num" not in k}, "100000000"),
-            ("M28 partial rotary", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-            ("M28 rope_scaling is a list", {"rope_scaling": [1]}, "rope_scaling"),
-            ("M28 rope_scaling is a string", {"rope_scaling": "linear"}, "rope_scaling"),
-            ("M28 rope_parameters is 7", {"rope_parameters": 7}, "rope_parameters"),
-            ("M28 rope per layer kind", {"rope_parameters": {"full_attention": {"rope_type": "x"},
-                                                            "rope_theta": 5.0}}, "rope"),
-            ("M28 rope_type is a list", {"rope_scaling": {"rope_type": []}}, "rope_type"),
-            ("M28 layer_types is a string", {"layer_types": "full_attention"}, "layer_types"),
-            ("M28 layer_types is 3", {"layer_types": 3}, "layer_types"),
-            ("M28 an unknown layer type", {"layer_types": ["full_attention", "mamba"]},
-             "layer_types;mamba"),
-            ("M28 a list as layer type", {"layer_types": [[], []]}, "layer_types"),
-            ("M28 one layer type", {"layer_types": ["full_attention"]}, "layer_types"),
-            ("M28 max_window_layers is a string", {
-                "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
-                "max_window_layers": "x"}, "max_window_layers;'x'"),
-            ("M28 use_sliding_window is a string", {
-                "model_type": "qwen2", "use_sliding_window": "no", "sliding_window": 4},
-             "use_sliding_window;'no'")):
+    for name, keys, words in SAID:
         out.append(Case(name, PROGRAMS[len(out) % 3],
                         edit(CONFIG, **({"rope_parameters": ...} | keys)), "",
                         f"config.json;{words}" if "missing" not in words and "no place" not in words
@@ -214,15 +215,20 @@ def tensor_faults() -> list[Case]:
     out += [Case(f"M12 a matrix {name}", PROGRAMS[i % 3], tensors(
         WEIGHTS, lambda t, f=f: t.update({UP: f(t[UP])})), "", f"{UP};shape;(24, 16)")
         for i, (name, f) in enumerate(shapes.items())]
+    return [*out, Case("M16 three dtypes", "generate", tensors(WEIGHTS, mixed), oracle="V")]
+
+
+def other_tensor_faults() -> list[Case]:
+    """M11, M16, M25 and S13: one more tensor, ties, and odd numbers."""
+    import torch
+
     twin = "model.embed_tokens.weight"
     return [
-        *out,
         Case("M11 an extra tensor", "generate", tensors(
             WEIGHTS, lambda t: t.update({"model.layers.0.extra": torch.ones(1)})), "",
             "have no place;model.layers.0.extra"),
         Case("M11 rotary frequencies", "generate", tensors(WEIGHTS, lambda t: t.update(
             {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})), oracle="V"),
-        Case("M16 three dtypes", "generate", tensors(WEIGHTS, mixed), oracle="V"),
         Case("M16 float64 beyond float32", "generate", tensors(WEIGHTS, lambda t: t.update(
             {UP: t[UP].double() * 1e300})), "", f"{UP};inf"),
         Case("M16 float32 beyond float16 is read in bfloat16", "generate", None,
@@ -248,6 +254,25 @@ def tensor_faults() -> list[Case]:
             f"{NORM};nan")]
 
 
+def entry(**keys) -> Change:
+    return header(WEIGHTS, lambda h: h | {UP: h[UP] | keys})
+
+
+def moved(by: tuple[int, int]) -> Change:
+    return header(WEIGHTS, lambda h: h | {UP: h[UP] | {"data_offsets": [
+        a + b for a, b in zip(h[UP]["data_offsets"], by, strict=True)]}})
+
+
+def twice(h: dict) -> str:
+    return json.dumps(h).replace("{", f'{{"{NORM}": {json.dumps(h[NORM])},', 1)
+
+
+def sparse(place: Path) -> None:
+    with open(place / WEIGHTS, "wb") as file:
+        file.write((100_000_001).to_bytes(8, "little") + b"{")
+        file.truncate(200_000_000)
+
+
 def byte_faults() -> list[Case]:
     """M18 to M20: safetensors byte by byte."""
     at, again = "model.safetensors", "model.safetensors;download it again"
@@ -260,13 +285,6 @@ def byte_faults() -> list[Case]:
 
     out += [Case(f"M18 header of {n} bytes", "generate", size(n), "", again)
             for n in (0, 1, 2**63, 2**64 - 1, 10**9, 100_000_001, 10**6)]
-
-    def entry(**keys) -> Change:
-        return header(WEIGHTS, lambda h: h | {UP: h[UP] | keys})
-
-    def moved(by: tuple[int, int]) -> Change:
-        return header(WEIGHTS, lambda h: h | {UP: h[UP] | {"data_offsets": [
-            a + b for a, b in zip(h[UP]["data_offsets"], by, strict=True)]}})
 
     for name, change, words in (
             ("is empty", write(WEIGHTS, ""), "empty"),
@@ -299,14 +317,6 @@ def byte_faults() -> list[Case]:
                 (place / WEIGHTS).read_bytes() + b"xx"), "59970;59968")):
         out.append(Case(f"M18 {name}", PROGRAMS[len(out) % 3], change, "", f"{again};{words}"))
 
-    def twice(h: dict) -> str:
-        return json.dumps(h).replace("{", f'{{"{NORM}": {json.dumps(h[NORM])},', 1)
-
-    def sparse(place: Path) -> None:
-        with open(place / WEIGHTS, "wb") as file:
-            file.write((100_000_001).to_bytes(8, "little") + b"{")
-            file.truncate(200_000_000)
-
     return out + [
         Case("M18 a header of 100 MB", "generate", sparse, "", f"{again};100000001"),
         Case("M20 a tensor twice", "generate", header(WEIGHTS, twice), "", f"{at};{NORM};twice"),
@@ -332,35 +342,37 @@ def split(place: Path) -> None:
     (place / WEIGHTS).unlink()
 
 
-def index_faults() -> list[Case]:
-    """M21 to M24: shards and their index."""
-    def entry(name: str, value: object) -> Change:
-        def change(place: Path) -> None:
-            raw = json.loads((place / INDEX).read_text())
-            raw["weight_map"][name] = value
+def lists(name: str, value: object) -> Change:
+    def change(place: Path) -> None:
+        raw = json.loads((place / INDEX).read_text())
+        raw["weight_map"][name] = value
+        (place / INDEX).write_text(json.dumps(raw))
+
+    return several(split, change)
+
+
+def flip(name: str, both: bool) -> Change:
+    """The index, or the other shard as well, says otherwise where a tensor lies."""
+    def change(place: Path) -> None:
+        raw = json.loads((place / INDEX).read_text())
+        here = raw["weight_map"][name]
+        there = ("b" if here[0] == "a" else "a") + here[1:]
+        if both:
+            import torch
+
+            tensors(f"model/{there}", lambda t: t.update({name: torch.ones(16)}))(place)
+        else:
+            raw["weight_map"][name] = there
             (place / INDEX).write_text(json.dumps(raw))
 
-        return several(split, change)
+    return several(split, change)
 
-    def flip(name: str, both: bool) -> Change:
-        """The index, or the other shard as well, says otherwise where a tensor lies."""
-        def change(place: Path) -> None:
-            raw = json.loads((place / INDEX).read_text())
-            here = raw["weight_map"][name]
-            there = ("b" if here[0] == "a" else "a") + here[1:]
-            if both:
-                import torch
 
-                tensors(f"model/{there}", lambda t: t.update({name: torch.ones(16)}))(place)
-            else:
-                raw["weight_map"][name] = there
-                (place / INDEX).write_text(json.dumps(raw))
-
-        return several(split, change)
-
+def index_faults() -> list[Case]:
+    """M21 to M24: shards and their index."""
     a, b = "model/a.safetensors", "model/b.safetensors"
     at = "model.safetensors.index.json"
-    out = [Case(f"M22 a shard at {where!a}", PROGRAMS[i % 3], entry(NORM, where), "",
+    out = [Case(f"M22 a shard at {where!a}", PROGRAMS[i % 3], lists(NORM, where), "",
                 f"{at};outside the folder") for i, where in enumerate(
                     ("../a.safetensors", "/etc/passwd", "sub/../../a.safetensors", "..", ".",
                      "./a.safetensors", "sub/a.safetensors", "", "\u0000x", "a\nb/c"))]
@@ -373,7 +385,7 @@ def index_faults() -> list[Case]:
             ("M21 a shard is a pipe", several(split, fifo(b)), "b.safetensors;pipe"),
             ("M23 a tensor in another shard", flip(NORM, False), NORM),
             ("M23 a head in another shard", flip("lm_head.weight", False), "lm_head.weight"),
-            ("M23 a tensor that no shard holds", entry("model.zork", "a.safetensors"),
+            ("M23 a tensor that no shard holds", lists("model.zork", "a.safetensors"),
              f"{at};model.zork"),
             ("M23 both shards hold it", flip(NORM, True), NORM),
             ("M23 a tensor the index forgets", several(split, lambda place: edit(
@@ -387,10 +399,10 @@ def index_faults() -> list[Case]:
              f"{at};weight_map"),
             ("M21 weight_map is empty", several(split, edit(INDEX, weight_map={})),
              f"{at};weight_map"),
-            ("M21 a shard is a number", entry(NORM, 7), f"{at};7"),
-            ("M21 a shard is null", entry(NORM, None), at),
-            ("M21 a shard is a list", entry(NORM, ["a.safetensors"]), at),
-            ("M22 a shard is a pickle", entry(NORM, "pytorch_model.bin"), "pytorch_model.bin"),
+            ("M21 a shard is a number", lists(NORM, 7), f"{at};7"),
+            ("M21 a shard is null", lists(NORM, None), at),
+            ("M21 a shard is a list", lists(NORM, ["a.safetensors"]), at),
+            ("M22 a shard is a pickle", lists(NORM, "pytorch_model.bin"), "pytorch_model.bin"),
             ("M24 both kinds", several(split, lambda place: (place / a).rename(place / WEIGHTS)),
              "both"),
             ("M23 the last shard is poisoned", several(split, tensors(b, lambda t: t[
@@ -405,6 +417,13 @@ def index_faults() -> list[Case]:
         Case("M23 a wrong total is not read", "generate", several(
             split, edit(INDEX, metadata={"total_size": "5"})), oracle="V"),
         Case("M21 no total", "generate", several(split, edit(INDEX, metadata=...)), oracle="V")]
+
+
+def cache(place: Path) -> None:
+    (place / "blobs").mkdir()
+    for i, path in enumerate((place / "model").iterdir()):
+        path.rename(place / f"blobs/{i}")
+        path.symlink_to(f"../blobs/{i}")
 
 
 def file_faults() -> list[Case]:
@@ -425,12 +444,6 @@ def file_faults() -> list[Case]:
             Case(f"M26 {name} is a folder", program, directory(path), flags, f"{name};folder"),
             Case(f"M26 {name} is a dangling link", program, link(path, "nowhere"), flags, name),
             Case(f"M26 {name} links to itself", program, link(path, name), flags, name)]
-
-    def cache(place: Path) -> None:
-        (place / "blobs").mkdir()
-        for i, path in enumerate((place / "model").iterdir()):
-            path.rename(place / f"blobs/{i}")
-            path.symlink_to(f"../blobs/{i}")
 
     for name in ("with spaces", "\U0001f600 smile", "back\\slash", "quote'd", "percent%20", "-dash",
                  "tab\there", "semi;colon", "100" + "x" * 200, "[brackets]"):
@@ -474,5 +487,5 @@ def file_faults() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    return [*intact(), *text_faults(), *number_faults(), *tensor_faults(), *byte_faults(),
-            *index_faults(), *file_faults()]
+    return [*intact(), *text_faults(), *number_faults(), *tensor_faults(), *other_tensor_faults(),
+            *byte_faults(), *index_faults(), *file_faults()]

@@ -219,56 +219,59 @@ def texts() -> list[Case]:
              "no tokens")]
 
 
+DOUBLING = ("{% set n = namespace(s='x') %}{% for i in range(40) %}"
+            "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}")
+NEST = "{% for a in range(99999) %}" * 3 + "x" + "{% endfor %}" * 3
+HOSTILE = (  # a template that ..., its text, words of the message
+    ("raises", "{{ raise_exception('no\nway') }}", "no;way"),
+    ("divides by zero", "{{ 1 / 0 }}", "zero"),
+    ("does not close", "{% for m in messages %}", ""),
+    ("has an unknown tag", "{% zork %}", "zork"), ("has an unknown filter", "{{ 1|zork }}",
+                                                   "zork"),
+    ("includes a file", "{% include '/etc/passwd' %}", ""),
+    ("imports a file", "{% import '/etc/passwd' as x %}", ""),
+    ("extends a file", "{% extends '/etc/passwd' %}", ""),
+    ("loops for ever", NEST, "long"),
+    ("counts to 10^9", "{% for i in range(10**9) %}a{% endfor %}", ""),
+    ("counts to 99999 thrice, doing little", NEST.replace("x", ""), "long"),
+    ("writes megabytes", "{% for i in range(99999) %}" + "x" * 100 + "{% endfor %}",
+     "characters"),
+    ("doubles a text", DOUBLING, "MemoryError"),
+    ("multiplies a text", "{{ 'x' * 1000000000 }}", ""),
+    ("multiplies a list", "{{ [1] * 1000000000 }}", ""),
+    ("raises to a power", "{{ 9**9**9 }}", ""), ("pads a text", "{{ 'x'|center(10**9) }}",
+                                                 ""),
+    ("formats a width", "{{ '%1000000000d' % 1 }}", ""),
+    ("formats wide", "{{ '{:1000000000}'.format(1) }}", ""),
+    ("recurses", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", ""),
+    ("nests 100 loops", "{% for a in [1] %}" * 100 + "{% endfor %}" * 100, ""),
+    ("nests 3000 brackets", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", ""),
+    ("is 30 MB", "{# " + "x" * 30_000_000 + " #}", "bytes"),
+    ("drops the conversation", "hello", ""), ("is empty", "", ""),
+    ("writes only questions", OWN.replace("assistant", "user").replace("{{ m", "{# m", 1)
+     .replace("m.content }}", "m #}", 1).replace("eos_token", "m.content"), ""),
+    ("turns the conversation round", OWN.replace("messages", "messages|reverse"), "elsewhere"),
+    ("reads classes", "{{ ''.__class__.__mro__[1].__subclasses__() }}", ""),
+    ("reads classes by attr", "{{ ''|attr('__class__')|attr('__mro__') }}", ""),
+    ("opens a shell by cycler", "{{ cycler.__init__.__globals__.os.popen('id') }}", ""),
+    ("opens a shell by lipsum", "{{ lipsum.__globals__['os'].system('touch pwned') }}", ""),
+    ("opens a shell by a function", "{{ raise_exception.__globals__['json'] }}", ""),
+    ("opens a shell by self", "{{ self.__init__.__globals__.__builtins__ }}", ""),
+    ("opens a shell by format", "{{ '{0.__class__.__mro__}'.format('') }}", ""),
+    ("opens a shell by attr of format", "{{ ('{0.__class__}'|attr('format'))(messages) }}", ""),
+    ("changes the messages", "{{ messages.append(1) }}", ""),
+    ("clears the messages", "{{ messages.clear() }}" + OWN, ""),
+    ("calls an undefined", "{{ zork() }}", "zork"),
+    ("reads from undefined", "{{ zork.a.b }}", "zork"),
+    ("is latin-1", b"{{ '\xe9' }}", "chat_template.jinja;UTF-8"),
+    ("is UTF-16", "hello".encode("utf-16"), "chat_template.jinja;UTF-16"),
+    ("ends in no token", OWN.replace("eos_token", "'<zork>'"), "'<zork>'"))
+
+
 def templates() -> list[Case]:
     """T17: chat templates. Nothing in one may run code, go on for ever or fill the memory."""
     out, at = [], "chat template"
-    doubling = ("{% set n = namespace(s='x') %}{% for i in range(40) %}"
-                "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}")
-    nest = "{% for a in range(99999) %}" * 3 + "x" + "{% endfor %}" * 3
-    for name, text, words in (
-            ("raises", "{{ raise_exception('no\nway') }}", "no;way"),
-            ("divides by zero", "{{ 1 / 0 }}", "zero"),
-            ("does not close", "{% for m in messages %}", ""),
-            ("has an unknown tag", "{% zork %}", "zork"), ("has an unknown filter", "{{ 1|zork }}",
-                                                           "zork"),
-            ("includes a file", "{% include '/etc/passwd' %}", ""),
-            ("imports a file", "{% import '/etc/passwd' as x %}", ""),
-            ("extends a file", "{% extends '/etc/passwd' %}", ""),
-            ("loops for ever", nest, "long"),
-            ("counts to 10^9", "{% for i in range(10**9) %}a{% endfor %}", ""),
-            ("counts to 99999 thrice, doing little", nest.replace("x", ""), "long"),
-            ("writes megabytes", "{% for i in range(99999) %}" + "x" * 100 + "{% endfor %}",
-             "characters"),
-            ("doubles a text", doubling, "MemoryError"),
-            ("multiplies a text", "{{ 'x' * 1000000000 }}", ""),
-            ("multiplies a list", "{{ [1] * 1000000000 }}", ""),
-            ("raises to a power", "{{ 9**9**9 }}", ""), ("pads a text", "{{ 'x'|center(10**9) }}",
-                                                         ""),
-            ("formats a width", "{{ '%1000000000d' % 1 }}", ""),
-            ("formats wide", "{{ '{:1000000000}'.format(1) }}", ""),
-            ("recurses", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", ""),
-            ("nests 100 loops", "{% for a in [1] %}" * 100 + "{% endfor %}" * 100, ""),
-            ("nests 3000 brackets", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", ""),
-            ("is 30 MB", "{# " + "x" * 30_000_000 + " #}", "bytes"),
-            ("drops the conversation", "hello", ""), ("is empty", "", ""),
-            ("writes only questions", OWN.replace("assistant", "user").replace("{{ m", "{# m", 1)
-             .replace("m.content }}", "m #}", 1).replace("eos_token", "m.content"), ""),
-            ("turns the conversation round", OWN.replace("messages", "messages|reverse"), "elsewhere"),
-            ("reads classes", "{{ ''.__class__.__mro__[1].__subclasses__() }}", ""),
-            ("reads classes by attr", "{{ ''|attr('__class__')|attr('__mro__') }}", ""),
-            ("opens a shell by cycler", "{{ cycler.__init__.__globals__.os.popen('id') }}", ""),
-            ("opens a shell by lipsum", "{{ lipsum.__globals__['os'].system('touch pwned') }}", ""),
-            ("opens a shell by a function", "{{ raise_exception.__globals__['json'] }}", ""),
-            ("opens a shell by self", "{{ self.__init__.__globals__.__builtins__ }}", ""),
-            ("opens a shell by format", "{{ '{0.__class__.__mro__}'.format('') }}", ""),
-            ("opens a shell by attr of format", "{{ ('{0.__class__}'|attr('format'))(messages) }}", ""),
-            ("changes the messages", "{{ messages.append(1) }}", ""),
-            ("clears the messages", "{{ messages.clear() }}" + OWN, ""),
-            ("calls an undefined", "{{ zork() }}", "zork"),
-            ("reads from undefined", "{{ zork.a.b }}", "zork"),
-            ("is latin-1", b"{{ '\xe9' }}", "chat_template.jinja;UTF-8"),
-            ("is UTF-16", "hello".encode("utf-16"), "chat_template.jinja;UTF-16"),
-            ("ends in no token", OWN.replace("eos_token", "'<zork>'"), "'<zork>'")):
+    for name, text, words in HOSTILE:
         change = template(text) if isinstance(text, str) else write(TEMPLATE, text)
         out.append(Case(f"T17 a template that {name}", PROGRAMS[len(out) % 3], change,
                         "--template checkpoint", words if "jinja" in words else
