@@ -78,7 +78,7 @@ def settings() -> list[Case]:
             ("a list", "[]", "list;object"), ("empty", "", "empty"), ("null", "null", "object"),
             ("cut", '{"r": 2, "lora', ""), ("a web page", "<html></html>", "web page"),
             ("deep", '{"a":' * 100_000, "deep"), ("twice", '{"r": 2, "r": 2}', "'r';twice"),
-            ("NaN", '{"r": NaN}', "NaN"), ("latin-1", b'{"a": "\xe9"}', "UTF-8"),
+            ("NaN", '{"r": NaN}', "nan"), ("latin-1", b'{"a": "\xe9"}', "UTF-8"),
             ("5000 digits", '{"r": ' + "9" * 5000 + "}", "")):
         out.append(case(f"E07 adapter_config.json is {name}", write(CONFIG, text), f"{at};{words}",
                         PROGRAMS[len(out) % 3]))

@@ -52,7 +52,7 @@ def bytes_of_files() -> list[Case]:
             ("is a web page", "<!DOCTYPE html><html></html>", "web page"),
             ("is a pointer", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
             ("is an empty object", "{}", ""), ("is 100,000 deep", '{"a":' * 100_000, "deep"),
-            ("is latin-1", b'{"a": "\xe9"}', "UTF-8"), ("holds a NaN", '{"version": NaN}', "NaN"),
+            ("is latin-1", b'{"a": "\xe9"}', "UTF-8"), ("holds a NaN", '{"version": NaN}', "nan"),
             ("says a key twice", '{"version": "1.0", "version": "1.0"}', "'version';twice")):
         out.append(Case(f"T01 tokenizer.json {name}", PROGRAMS[len(out) % 3], write(PATH, text), "",
                         f"{at};{words}"))
