@@ -1,4 +1,5 @@
 # make test         environment, then the whole core suite (CPU, no network after installation)
+# make test-faults  every broken file, flag and setting on the real commands, three ways
 # make demo         environment, then train.py on the bundled model, data and tests
 # make results      every experiment of lab/ that is not cached, the figures, docs/results.md
 # make figures      docs/figures from the recorded results
@@ -12,6 +13,11 @@ ONE = OMP_NUM_THREADS=1
 
 test: .venv/ready
 	$(ONE) .venv/bin/python -m pytest
+
+test-faults: .venv/ready
+	$(ONE) .venv/bin/python -m tests.faults.run
+	$(ONE) .venv/bin/python -O -m tests.faults.run
+	LC_ALL=C PYTHONUTF8=0 $(ONE) .venv/bin/python -m tests.faults.run
 
 demo: .venv/ready
 	.venv/bin/python train.py
@@ -41,4 +47,4 @@ red: .venv/ready
 	$*/bin/pip install -q --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: test demo results figures bench test-peers red
+.PHONY: test test-faults demo results figures bench test-peers red
