@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import backward
+import merging
 import peft_config
 import peft_folder
 import strict
@@ -41,6 +42,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(r, inputs, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(outputs, r, dtype=dtype, device=device))
         self.scale, self.dropout, self.enabled, self.merged = scale, dropout, True, False
+        self.row = base.weight[:1].detach().to("cpu", copy=True)  # of the base, also when merged
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled or self.merged:
@@ -158,7 +160,9 @@ def save(model: nn.Module, folder: str | Path, base: str) -> None:
               .contiguous() for n, layer in layers.items() for half in "AB"}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(halves, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    rows = {n: layer.row for n, layer in layers.items()}
+    save_file(halves, folder / "adapter_model.safetensors", metadata={
+        "format": "pt", "base": peft_folder.fingerprint(rows)})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
@@ -181,6 +185,7 @@ def load(model: nn.Module, folder: str | Path) -> None:
         raise ValueError(f"{folder}: adapter and model differ in {len(odd)} layers, first {odd[0]}:"
                          f" {want.get(odd[0], 'nothing')} there, {have.get(odd[0], 'no target')} "
                          f"here; trained on {strict.show(config.get('base_model_name_or_path'))}")
+    peft_folder.check_base(folder, config, {n: model.get_submodule(n).weight[:1] for n in want})
     model.requires_grad_(False)
     for name, (a, b, scale) in layers.items():
         layer = attach(model, name, len(a), scale, config["lora_dropout"])
@@ -196,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
     args = parser.parse_args(argv)
     try:
-        count = peft_folder.merge(args.model, args.adapter, args.out)
+        count = merging.merge(args.model, args.adapter, args.out)
     except (ValueError, OSError) as error:
         told = strict.clean(f"merging {args.adapter} into {args.model}: {error}")
         parser.exit(2, f"lora.py: {told}\n")

@@ -48,9 +48,10 @@ def example(row: tokens.Encoded, chat: tokens.Chat) -> str:
             + f"{prompt} >>>{answer}<<<".replace("\n", "\n    "))
 
 
-def progress(steps: int, start: int) -> tqdm:
-    """A bar on a terminal; elsewhere `step` prints plain lines instead."""
-    return tqdm(total=steps, initial=start, disable=not sys.stderr.isatty(), unit="step")
+def progress(steps: int, start: int, shown: bool) -> tqdm:
+    """A bar on a terminal, if it is to be shown; elsewhere `step` prints plain lines instead."""
+    return tqdm(total=steps, initial=start, disable=not (shown and sys.stderr.isatty()),
+                unit="step")
 
 
 def step(bar: tqdm, metrics: Mapping[str, float], steps: int, seconds_left: float) -> None:

@@ -197,6 +197,7 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
         state, notes = checkpoint.resume(net, optimizer, out, config, state)
         print("\n".join(f"resume  {n}" for n in [
             *notes, f"after step {state['step']}, {state['num_tokens']} tokens seen"]))
+        parallel.agree({"checkpoint": str(state["step"])}, config.device)
     elif not parallel.rank():
         report.write_json(out / "config.json", asdict(config))
     listed = None if parallel.rank() else out / "dropped.jsonl"
@@ -241,10 +242,10 @@ def run_steps(
     log, start, began = out / "metrics.jsonl", state["step"], time.perf_counter()
     if first := not parallel.rank():
         report.keep_lines(log, start)
-    with report.progress(steps, start) as bar, stops.signals() as caught:
+    with report.progress(steps, start, first) as bar, stops.signals() as caught:
         for step in range(start, steps):
             clock, units, rate = time.perf_counter(), [], learning_rate(step, steps, config)
-            torch.manual_seed(random.Random(f"{config.seed} {step}").getrandbits(32))
+            torch.manual_seed(random.Random(f"{config.seed} {step} {parallel.rank()}").getrandbits(32))
             try:
                 units, place = next(batches)
                 metrics = train_step(net, optimizer, units, config, rate)

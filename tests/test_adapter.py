@@ -14,8 +14,9 @@ from test_weights import shard
 from test_lora import FIRST, adapted, logits
 
 import lora
-import peft_folder
+import merging
 import model
+import peft_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 HALF = peft_folder.KEY.format(FIRST, "A")
@@ -210,8 +211,8 @@ def test_a_merged_folder_is_the_adapted_model(tmp_path, capsys, sharded):
     """float32 logits within 1e-5; tokenizer and chat template come along, a second copy of the
     weights under other names does not.
 
-    Red: peft_folder.py:merge: `+ scale * b.to(wide)` -> `+ b.to(wide)`
-    Red: peft_folder.py:merge: `for path in shards:` -> `for path in model.glob("*.safetensors"):`
+    Red: merging.py:merge: `+ scale * b.to(wide)` -> `+ b.to(wide)`
+    Red: merging.py:merge: `for path in shards:` -> `for path in model.glob("*.safetensors"):`
     """
     arguments, want = folders(tmp_path)
     save_file({"layers.0.wq": torch.ones(1)}, tmp_path / "base/consolidated.safetensors")
@@ -229,7 +230,7 @@ def test_a_merged_folder_is_the_adapted_model(tmp_path, capsys, sharded):
 def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once(tmp_path):
     """bf16(float32(W) + scale * B A), in every adapted layer; the others are untouched.
 
-    Red: peft_folder.py:merge: `b.to(wide)` -> `b.bfloat16().to(wide)`
+    Red: merging.py:merge: `b.to(wide)` -> `b.bfloat16().to(wide)`
     """
     lora.main(folders(tmp_path, torch.bfloat16)[0])
     base, net = tiny.transformer(dtype=torch.bfloat16), adapted(torch.bfloat16)
@@ -239,6 +240,35 @@ def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once(tmp_path):
         layer = layers.get(name.removesuffix(".weight"))
         wide = weight.float() + (layer.scale * layer.lora_B @ layer.lora_A if layer else 0)
         assert torch.equal(merged[name], wide.bfloat16())
+
+
+@pytest.mark.parametrize("command", ["load", "merge"])
+def test_an_adapter_goes_onto_its_own_base_in_any_dtype_and_onto_no_other(tmp_path, command):
+    """One that names no base (PEFT's own) goes wherever its shapes do.
+
+    Red: peft_folder.py:check_base: `not in (None, fingerprint(rows))` -> `== 0`
+    Red: peft_folder.py:check_base: `(None, ` -> `(`
+    Red: peft_folder.py:fingerprint: `torch.bfloat16)` -> `rows[name].dtype)`
+    Red: merging.py:merge: `peft_folder.check_base(adapter, config, rows)` -> `pass`
+    Red: lora.py:load: `    peft_folder.check_base(folder` -> `    str(folder`
+    """
+    folders(tmp_path)
+
+    def use(out: str) -> None:
+        if command == "merge":
+            merging.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / out)
+        else:
+            lora.load(model.load(tmp_path / "base", torch.float32), tmp_path / "adapter")
+
+    use("first")
+    model.save(tiny.transformer(dtype=torch.bfloat16), tmp_path / "base")
+    use("second")
+    model.save(tiny.transformer(seed=1, dtype=torch.float32), tmp_path / "base")
+    with pytest.raises(ValueError, match="adapter was trained on another base"):
+        use("third")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt"})
+    use("third")
 
 
 def full_out(tmp_path: Path) -> None:

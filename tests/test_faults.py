@@ -59,7 +59,7 @@ def test_what_is_broken_is_refused_on_the_command_line():
     Red: tokens.py:Chat.frame: `not answer or` -> ``
     Red: peft_config.py:read: `not 0 <= drop < 1` -> `False`
     Red: peft_config.py:read: `bounds.boolean(config, "use_rslora")` -> `pass`
-    Red: peft_folder.py:merge: `if part.exists():` -> `if False:`"""
+    Red: peft_folder.py:check_base: `not in (None, fingerprint(rows))` -> `== 0`"""
     run = faults("--only", "|".join(GRAVEST))
     assert run.returncode == 0, run.stdout + run.stderr
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (("strict", "durable"), ("bounds", "weights"),
           ("architecture", "backward", "peft_config", "vocabulary", "templates"),
-          ("packing", "peft_folder"),
+          ("packing", "peft_folder"), ("merging",),
           ("losses", "policy_gradients", "data", "tokens", "lora", "model", "config"),
           ("lines", "objectives", "report"),
           ("generate", "checkpoint", "parallel", "mixture", "page", "reference"),
@@ -24,7 +24,8 @@ CAPS = {
     "losses.py": 280, "policy_gradients.py": 250, "data.py": 340, "tokens.py": 300, "lora.py": 230,
     "strict.py": 120, "bounds.py": 120, "weights.py": 120, "peft_config.py": 80,
     "vocabulary.py": 120, "templates.py": 130,
-    "peft_folder.py": 110, "architecture.py": 110, "backward.py": 330, "packing.py": 120,
+    "peft_folder.py": 110, "merging.py": 80, "architecture.py": 110, "backward.py": 330,
+    "packing.py": 120,
     "model.py": 330, "config.py": 120, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 185, "durable.py": 160, "stops.py": 60, "objectives.py": 90,
     "report.py": 175, "parallel.py": 135, "mixture.py": 100, "lines.py": 110, "reference.py": 115,

@@ -218,7 +218,7 @@ def test_the_first_step_of_adamw_is_the_same_for_uft_and_sft():
 @pytest.mark.parametrize("dropout", ["0.0", "0.3"])
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(base, files, tmp_path, dropout):
     """From the middle of either epoch, past a checkpoint that a kill left half-written.
-    Red: train.py:run_steps: `f"{config.seed} {step}"` -> `f"{start} {step}"`
+    Red: train.py:run_steps: `f"{config.seed} {step} ` -> `f"{start} {step} `
     Red: checkpoint.py:restore: `optimizer.state[weights[name]][part] = tensor.to(place)` -> `pass`
     Red: checkpoint.py:restore: `weights[name].data.copy_(tensor)` -> `pass`
     Red: train.py:run: `config, state["place"]` -> `config, (0, 0)`"""

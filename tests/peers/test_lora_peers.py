@@ -14,8 +14,9 @@ from test_model_peers import float64_islands, ids, near, peer, random_peer
 from transformers import AutoModelForCausalLM
 
 import lora
-import peft_folder
+import merging
 import model
+import peft_folder
 
 PATTERNS = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "lora_alpha": 6,
             "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 3},
@@ -137,7 +138,7 @@ def test_initialisations_that_change_the_base_are_refused(tmp_path, init):
 def test_a_merged_folder_opens_in_transformers(tmp_path, kind, dtype, tied):
     """The adapted model's logits within 1e-5; a bfloat16 base stays one.
 
-    Red: peft_folder.py:merge: `+ scale * b.to(wide)` -> `+ b.to(wide)`
+    Red: merging.py:merge: `+ scale * b.to(wide)` -> `+ b.to(wide)`
     """
     random_peer(tmp_path / "float32", model_type=kind, tie_word_embeddings=tied)
     model.save(model.load(tmp_path / "float32", dtype), tmp_path / "base")
@@ -157,12 +158,12 @@ def test_a_merged_folder_opens_in_transformers(tmp_path, kind, dtype, tied):
 def test_a_sharded_folder_of_transformers_is_merged_shard_by_shard(tmp_path):
     """Same shard names and index; logits within 1e-5 in transformers.
 
-    Red: peft_folder.py:merge: `part / path.name` -> `part / "model.safetensors"`
+    Red: merging.py:merge: `part / path.name` -> `part / "model.safetensors"`
     """
     want = from_peft(tmp_path, CONFIGS["plain"])
     peer(tmp_path / "base", torch.float32, "sdpa").save_pretrained(
         tmp_path / "shards", max_shard_size="100KB")
-    peft_folder.merge(tmp_path / "shards", tmp_path / "adapter", tmp_path / "out")
+    merging.merge(tmp_path / "shards", tmp_path / "adapter", tmp_path / "out")
     index = "model.safetensors.index.json"
     files = set(json.loads((tmp_path / "out" / index).read_text())["weight_map"].values())
     assert len(files) > 2 and files == {f.name for f in (tmp_path / "out").glob("*.safetensors")}
