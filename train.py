@@ -245,7 +245,8 @@ def run_steps(
     with report.progress(steps, start, first) as bar, stops.signals() as caught:
         for step in range(start, steps):
             clock, units, rate = time.perf_counter(), [], learning_rate(step, steps, config)
-            torch.manual_seed(random.Random(f"{config.seed} {step} {parallel.rank()}").getrandbits(32))
+            dropout = random.Random(f"{config.seed} {step} {parallel.rank()}")
+            torch.manual_seed(dropout.getrandbits(32))
             try:
                 units, place = next(batches)
                 metrics = train_step(net, optimizer, units, config, rate)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import red
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (("strict", "durable"), ("bounds", "weights"),
@@ -157,6 +158,13 @@ def test_nothing_reads_pickles_or_runs_text_as_code(name):
                          "numpy.load", "os.system", "os.popen"}
     assert not any(k.arg in ("trust_remote_code", "shell") for k in nodes(name, ast.keyword))
     assert "trust_remote_code" not in "".join(lines(name))
+
+
+def test_every_mutation_that_a_test_names_can_be_applied():
+    """Red: tests/red.py:mutate: `return ` -> `raise ValueError(scope) or `"""
+    for line in (x for part in ("", "peers") for named in red.tests(part).values() for x in named):
+        name, scope, before, after = red.RED.fullmatch(line).groups()
+        red.mutate((ROOT / name).read_text("utf-8"), scope, before, after)
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n.startswith("tests/test_")])

@@ -223,7 +223,7 @@ def test_dropped_rows_of_a_large_file_are_listed_once_when_met_also_after_a_stop
     """Three epochs, stopped in the second: the lists and the metrics end the same.
     Red: mixture.py:stream: `dropped[0]["where"] not in met` -> `True`
     Red: mixture.py:stream: `listed.read_text("utf-8")` -> `""`
-    Red: train.py:run: `state["place"], out` -> `(0, 0), out`
+    Red: train.py:run: `state["place"], listed` -> `(0, 0), listed`
     Red: train.py:run_steps: `"place": place}` -> `"place": (0, 0)}`"""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(

@@ -154,7 +154,7 @@ def check(stderr, words, usage):
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_ends_with_one_sentence_and_exit_code_2(case, place, capsys):
     """Red: train.py:main: `(ValueError, OSError, RuntimeError)` -> `ZeroDivisionError`
-    Red: parallel.py:fail: `sys.exit)(2)` -> `sys.exit)(1)`
+    Red: parallel.py:fail: `sys.exit)(code)` -> `sys.exit)(1)`
     Red: evaluate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: page.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: generate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`

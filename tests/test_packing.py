@@ -258,7 +258,7 @@ def test_frozen_weights_never_have_a_gradient():
 def test_the_kernel_of_other_devices_attends_as_the_chunks_of_the_cpu(segments, window, groups):
     """Values and gradients of both ways, on the CPU.
 
-    Red: packing.py:attend_each: `(v_NGK[prompt], v[i])` -> `(v[i], v_NGK[prompt])`
+    Red: packing.py:attend_each: `(v_NGK[prompt], values)` -> `(values, v_NGK[prompt])`
     Red: packing.py:attention_mask: `keys - queries:, None` -> `:queries, None`
     """
     agree(lambda q, k, v: packing.attend_each(q, k, v, segments, window),

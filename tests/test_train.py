@@ -196,7 +196,7 @@ def test_a_number_that_is_not_finite_stops_the_step_before_the_update(fault, mon
 
 @LOSSES
 def test_the_check_at_step_zero_holds_for_a_fresh_adapter_and_for_no_other(loss):
-    """Red: train.py: `lambda r, c: 2 * math.log(2)` -> `lambda r, c: math.log(2)`
+    """Red: objectives.py: `lambda r, c: 2 * math.log(2)` -> `lambda r, c: math.log(2)`
     Red: train.py:self_check: `u != 0` -> `False`"""
     assert train.self_check(policy(0.0), units_of(loss), settings(loss)).endswith("ok")
     with pytest.raises(ValueError, match="self-check failed"):
