@@ -53,7 +53,8 @@ def locked(out: Path) -> Iterator[None]:
         with contextlib.suppress(ModuleNotFoundError):
             import fcntl
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with durable.named(out / "lock"):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"--out {out} is in use by another run: wait for it, stop it, or "
                                  "choose another --out") from None

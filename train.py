@@ -83,8 +83,10 @@ def train_step(
     each, logps, *refs = parallel.together(torch.cat(found[:own], 1), before, len(rows))
     loss = each.sum().item() / len(units)  # only kto has waited for the device till now
     if not math.isfinite(loss) or not norm.isfinite():
-        bad = [n for n, p in net.named_parameters()
-               if p.grad is not None and not p.grad.isfinite().all()]
+        grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+        bad = [n for n, g in grads.items() if not g.isfinite().all()]
+        if not bad and not norm.isfinite():  # finite numbers, whose squares are not
+            bad = [max(grads, key=lambda n: grads[n].abs().max().item())]
         raise FloatingPointError(f"loss is {loss}, gradient norm {norm.item()}, first bad tensor "
                                  f"{bad[0] if bad else 'none'}, rows {[e.where for e in rows]}")
     torch.nn.utils.clip_grads_with_norm_(trained, config.max_grad_norm, norm)

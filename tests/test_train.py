@@ -175,14 +175,18 @@ def test_the_gradient_is_clipped_to_its_norm_and_logged_before():
     assert clipped[0]["grad_norm"] == free[0]["grad_norm"] == pytest.approx(free[1].norm().item())
 
 
-@pytest.mark.parametrize("fault", ["loss", "gradient"])
+@pytest.mark.parametrize("fault", ["loss", "gradient", "norm"])
 def test_a_number_that_is_not_finite_stops_the_step_before_the_update(fault, monkeypatch):
     """The message names the tensor and the rows.
     Red: train.py:train_step: `or not norm.isfinite()` -> `or not 1`
     Red: train.py:train_step: `not math.isfinite(loss) or` -> ``
-    Red: train.py:train_step: `p.grad is not None and not p` -> `p.grad is not None and p`"""
+    Red: train.py:train_step: `if not g.isfinite().all()` -> `if g.isfinite().all()`
+    Red: train.py:train_step: `if not bad and not norm.isfinite()` -> `if False`"""
     net, bad = policy(), "none"
-    if fault == "loss":
+    if fault == "norm":
+        bad = "model.layers.1.mlp.up_proj.lora_B"
+        net.get_parameter(bad).register_hook(lambda g: g * 1e200)
+    elif fault == "loss":
         infinite = train.LOSSES["uft"]._replace(loss=lambda t: t.logps + math.inf)
         monkeypatch.setitem(train.LOSSES, "uft", infinite)
     else:
