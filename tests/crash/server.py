@@ -1,0 +1,88 @@
+"""A warm process that has imported everything and forks one trainer for each line of its input.
+
+A job is a JSON object: argv and log (a file), and perhaps rows (a file: what each step read), hold
+(wait for SIGUSR1), limits ({name of RLIMIT: bytes}), faults (see faults.py), files (write model
+and data there instead). Answers: the child's id, then its exit code, negative for a signal.
+No tensor is touched before the fork: threads would not survive it. torch would import _dynamo at
+the first step, a second's work: the parent has done that too.
+"""
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import faults
+import torch._dynamo
+
+import train
+
+
+def listen(path: str) -> None:
+    """Adds the rate and the rows of each step to a file, before the step."""
+    step = train.train_step
+
+    def watched(net, optimizer, units, config, rate):
+        with open(path, "a", encoding="utf-8") as out:
+            out.write(f"{rate.hex()} {[e.where for unit in units for e in unit]}\n")
+        return step(net, optimizer, units, config, rate)
+
+    train.train_step = watched
+
+
+def write_files(root: str) -> None:
+    """The model and data of tests/folder.py, once."""
+    import folder
+
+    folder.write_model(Path(root) / "model")
+    folder.write_files(Path(root) / "files")
+
+
+def work(job: dict) -> None:
+    """The job, in a process of its own."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if job.get("hold"):
+        signal.sigwait({signal.SIGUSR1})
+    for name, limit in job.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    if "files" in job:
+        return write_files(job["files"])
+    if "rows" in job:
+        listen(job["rows"])
+    faults.plant(job.get("faults", []))
+    return train.main(job["argv"])
+
+
+def child(job: dict) -> None:
+    """Ends the process with the code that the command would have ended with."""
+    code = 0
+    try:
+        work(job)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(bool(end.code))
+    except BaseException:  # noqa: BLE001, this is the end of a process
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def main() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if not (pid := os.fork()):
+            child(json.loads(line))
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
