@@ -38,9 +38,11 @@ class Place(NamedTuple):
     warm: start.Warm
     root: Path
 
+    def flags(self, name: str) -> list[str]:
+        return trial.flags(self.root, self.root / name, *SHORT)
+
     def job(self, torn: bool = False) -> dict:
-        more = ("--resume", "true") if torn else ()
-        return {"argv": trial.flags(self.root, self.root / "run", *SHORT, *more),
+        return {"argv": self.flags("run") + ["--resume", "true"] * torn,
                 "log": str(self.root / "point.log")}
 
     def prepare(self, torn: bool) -> None:
@@ -136,15 +138,18 @@ def go_on(place: Place) -> list[str]:
     return [f"the resumed run ended with {code}: {last}"] * (code != 0)
 
 
-def tear(place: Place) -> None:
-    """Makes root/torn: killed at the last fsync of the last save, a line of the log cut in half."""
-    place.prepare(False)
-    file, out = place.root / "torn.trace", place.root / "run"
-    traced(place.warm, place.job(), file)
-    syncs = [i for i, call in enumerate(mine(file, "fsync"), 1)
-             if "tmp-step-6" in "".join(call.paths())]
-    place.prepare(False)
-    traced(place.warm, place.job(), file, Point("fsync", syncs[-1], "KILL", False).rule())
+def prepared(place: Place) -> None:
+    """Makes the model, the data, root/quiet6, and root/torn: killed at the end of its last save.
+
+    A line of torn's log is cut in half.
+    """
+    out = place.root / "run"
+    fault = {"call": "rename", "when": 1, "fault": "KILL", "path": "tmp-step-6"}
+    for job in ({"files": str(place.root)}, {"argv": place.flags("quiet6")},
+                {"argv": place.flags("run"), "faults": [fault]}):
+        start.go(place.warm, job | {"log": str(place.root / "quiet.log")})
+    if not trial.unfinished(out):
+        raise RuntimeError(f"the run to tear was not torn, see {place.root / 'quiet.log'}")
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
         log.write('{"step": 7, "num_tok')
     os.rename(out, place.root / "torn")
@@ -162,13 +167,9 @@ def plan(place: Place, count: int) -> tuple[list[Point], list[str]]:
     return points, wrong
 
 
-def sweep(warm: start.Warm, root: Path, count: int) -> list[str]:
+def sweep(place: Place, count: int) -> list[str]:
     """Tries `count` points and prints a line for each; what went wrong."""
-    place, kinds = Place(warm, root), Counter()
-    start.go(warm, {"argv": trial.flags(root, root / "quiet6", *SHORT),
-                    "log": str(root / "quiet.log")})
-    tear(place)
-    points, bad = plan(place, count)
+    kinds, (points, bad) = Counter(), plan(place, count)
     for point in points:
         said, wrong = outcome(place, point)
         line = (f"{'resume' if point.torn else 'run':6} {point.call:9} {point.when:3}  "

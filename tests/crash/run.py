@@ -113,13 +113,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(args.folder or temporary).resolve()
         root.mkdir(parents=True, exist_ok=True)
-        warm, wrong = start.Warm(), []
-        start.go(warm, {"files": str(root), "log": str(root / "files.log")})
+        place, wrong = points.Place(start.Warm(), root), []
+        points.prepared(place)
         if args.kills:
-            wrong += kill_many(warm, root, args.kills, args.seed)
+            wrong += kill_many(place.warm, root, args.kills, args.seed)
         if args.points:
-            wrong += points.sweep(warm, root, args.points)
-        warm.close()
+            wrong += points.sweep(place, args.points)
+        place.warm.close()
     print("\n".join([*wrong, f"{len(wrong)} wrong"]))
     sys.exit(bool(wrong))
 

@@ -62,7 +62,7 @@ def steps(out: Path) -> list[Path]:
 
 def unfinished(out: Path) -> set[str]:
     """Names of folders that a save or a removal has not finished."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # none yet, or no folder
         return {p.name for p in (out / "checkpoints").iterdir()
                 if p.name.startswith("tmp-") or p.name.endswith(".part")}
     return set()
