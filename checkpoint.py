@@ -1,61 +1,166 @@
-"""What a stopped run needs to go on: adapter, optimizer, CPU random state, step, place in the data.
+"""What a stopped run needs to go on: adapter, optimizer, step, place in the data, and its inputs.
 
     RUN/checkpoints/step-N/   adapter_config.json  adapter_model.safetensors
-                              optimizer.safetensors  state.json
-The order of the data is a function of the seed and a place (mixture.stream), kept with the step.
+                              optimizer.safetensors  state.json  manifest.json
+Learning rate, order of the data and dropout are functions of seed and step: no state to lose.
 """
+import contextlib
 import json
 import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import durable
 import lora
 import peft_folder
+from config import Config
 
-FREE = ("resume", "save_every", "reference_cache", "out", "device", "micro_batch_tokens",
-        "gradient_checkpointing",
+FORMAT = 1
+FREE = ("resume", "save_every", "keep", "reference_cache", "out", "device", "micro_batch_tokens",
+        "gradient_checkpointing", "timeout",
         "sample_tokens", "test")  # may change on resuming: rounding and dropout draws may differ
+CONTENT = ("model", "data")  # may lie elsewhere: their files' digests are compared
+TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+         "chat_template.jinja", "special_tokens_map.json")
 
 
-def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dict) -> None:
-    """Writes out/checkpoints/step-N aside and renames it, N = state["step"]."""
+def inputs(config: Config, folder: Path, weights: list[Path]) -> dict[str, str]:
+    """{what: SHA-256} of every file the numbers of a run depend on; data with its weight."""
+    texts = [folder / name for name in TEXTS if (folder / name).is_file()]
+    parts = [d if os.path.isfile(d) else d.rpartition(":")[0] for d in config.data]
+    shares = [d.removeprefix(p) for d, p in zip(config.data, parts, strict=True)]
+    names = [p.name for p in texts + weights] + [
+        f"--data file {i + 1}{share}" for i, share in enumerate(shares)]
+    files = [*texts, *weights, *map(Path, parts)]
+    return dict(zip(names, durable.digests(files), strict=True))
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """The run folder is this process's alone, and swept; ValueError where another holds it.
+
+    The lock is the system's: it dies with its process. Windows has no fcntl, hence no lock.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a") as file:
+        with contextlib.suppress(ModuleNotFoundError):
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"--out {out} is in use by another run: wait for it, stop it, or "
+                                 "choose another --out") from None
+        durable.sweep(out)
+        durable.sweep(out / "checkpoints")
+        yield
+
+
+def steps(out: Path) -> list[Path]:
+    """The folders of out/checkpoints, by step; whatever else lies there is not ours."""
+    found = [p for p in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dict,
+         config: Config) -> None:
+    """Writes out/checkpoints/step-N, N = state["step"], and removes all but the newest config.keep.
+
+    FloatingPointError for a tensor that is not finite, ValueError where the disk does not take it:
+    older checkpoints are kept then.
+    """
     final = out / "checkpoints" / f"step-{state['step']}"
-    part = final.with_suffix(".part")
-    base = json.loads((out / "config.json").read_text("utf-8"))["model"]
-    lora.save(net, part, base)
     names = {p: n for n, p in net.named_parameters()}
     tensors = {f"{names[p]}/{k}": v for p, s in optimizer.state.items() for k, v in s.items()}
-    save_file(tensors | {"rng": torch.get_rng_state()}, part / "optimizer.safetensors")
-    (part / "state.json").write_text(json.dumps(state), "utf-8")
-    os.replace(part, final)
+    trained = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+    if bad := [n for n, t in (trained | tensors).items() if not t.isfinite().all()]:
+        raise FloatingPointError(f"{bad[0]} is not finite after the update, nothing is saved")
+    state = state | {"format": FORMAT, "config": asdict(config), "versions": versions()}
+    try:
+        with durable.folder(final, manifest=True) as part:
+            lora.save(net, part, config.model)
+            save_file(tensors, part / "optimizer.safetensors")
+            (part / "state.json").write_text(json.dumps(state), "utf-8")
+        for old in [p for p in steps(out) if (p / durable.MANIFEST).is_file()][:-config.keep]:
+            durable.remove(old)
+    except OSError as error:
+        need = sum(t.nbytes for t in (trained | tensors).values()) / 1e6
+        raise ValueError(f"saving {final} failed: {error}; it needs {need:.1f} MB. Older "
+                         "checkpoints are whole: mend the disk and give --resume true") from error
 
 
-def resume(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: dict) -> dict:
-    """Puts the newest checkpoint of a run back and returns its state.
+def versions() -> dict[str, object]:
+    """What may change the last bits of a run."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
 
-    ValueError where there is none, or where `config` (a plain dict) is not the one it ran with.
+
+def newest(out: Path) -> tuple[Path | None, list[str]]:
+    """(the newest whole checkpoint, what is wrong with newer ones); None where none was ever made.
+
+    ValueError where there are some, and none is whole.
     """
-    folders = {p.name: p for p in (out / "checkpoints").glob("step-*") if not p.suffix}
-    if not folders:
-        raise ValueError(f"cannot resume {out}: it holds no checkpoint")
-    old = json.loads((out / "config.json").read_text("utf-8"))
-    for key, now in json.loads(json.dumps(config)).items():
-        if key not in FREE and old.get(key) != now:
-            raise ValueError(f"cannot resume {out}: {key} was {old.get(key)!r} and is now {now!r}. "
-                             "Use the old value, or start a new run with another --out")
-    folder = max(folders.values(), key=lambda p: int(p.name.removeprefix("step-")))
-    state = json.loads((folder / "state.json").read_text("utf-8"))
+    told = []
+    for folder in reversed(steps(out)):
+        if not (why := durable.damage(folder)):
+            return folder, told
+        told.append(f"{folder} is damaged and is left out: {why}")
+    if told:
+        raise ValueError(f"cannot resume {out}: none of its checkpoints is whole. {told[0]}")
+    return None, told
+
+
+def compare(old: dict, now: dict, out: Path) -> None:
+    """ValueError names the first input file, then the first flag, that is not as it was."""
+    for key in old["inputs"] | now["inputs"]:
+        if old["inputs"].get(key) != now["inputs"].get(key):
+            raise ValueError(f"cannot resume {out}: {key} is not the file that the run began with. "
+                             "Put the old one back, or start a new run with another --out")
+    for key, value in json.loads(json.dumps(now["config"])).items():
+        if key not in FREE + CONTENT and old["config"].get(key) != value:
+            raise ValueError(f"cannot resume {out}: {key} was {old['config'].get(key)!r} and is "
+                             f"now {value!r}. Use the old value, or start a new run with another "
+                             "--out")
+
+
+def resume(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: Config,
+           start: dict) -> tuple[dict, list[str]]:
+    """Puts the newest whole checkpoint back: (its state, lines to print).
+
+    `start`, a run's state at step 0, is returned where the run made none. ValueError where a flag
+    or a file that matters is not as it was.
+    """
+    (folder, told), kept = newest(out), json.loads((out / "config.json").read_text("utf-8"))
+    state = start | {"format": FORMAT, "config": kept, "versions": versions()}
+    if folder:
+        state = json.loads((folder / "state.json").read_text("utf-8"))
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{folder} has format {state.get('format')!r}, this code reads {FORMAT}: "
+                         "resume with the version that wrote it")
+    compare(state, start | {"config": asdict(config)}, out)
+    told += [f"{key} was {value} and is now {versions()[key]}: the last bits may differ"
+             for key, value in state["versions"].items() if versions()[key] != value]
+    if folder:
+        restore(net, optimizer, folder)
+    return {key: state[key] for key in start}, told
+
+
+def restore(net: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Copies a checkpoint's tensors into adapters and optimizer; ValueError unless all fit."""
     layers, tensors = lora.adapters(net), load_file(folder / "optimizer.safetensors")
-    for name, (a, b, _) in peft_folder.read(folder)[1].items():
+    saved, weights = peft_folder.read(folder)[1], dict(net.named_parameters())
+    trained = [n for n, p in weights.items() if p.requires_grad]
+    wanted = {f"{n}/{part}" for n in trained for part in ("step", "exp_avg", "exp_avg_sq")}
+    if odd := sorted(tensors.keys() ^ wanted) or sorted(saved.keys() ^ layers.keys()):
+        raise ValueError(f"{folder}: {odd[0]} is {'missing' if odd[0] in wanted else 'unknown'}")
+    for name, (a, b, _) in saved.items():
         layers[name].lora_A.data.copy_(a)
         layers[name].lora_B.data.copy_(b)
-    torch.set_rng_state(tensors.pop("rng"))
-    weights = dict(net.named_parameters())
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")
         place = "cpu" if part == "step" else weights[name].device  # as AdamW keeps them
         optimizer.state[weights[name]][part] = tensor.to(place)
-    return state

@@ -1,7 +1,6 @@
 """The page of a run: report.html, one file without scripts, made from what lies in its folder.
 
-config.json, metrics.jsonl and results.json say all that it shows, so a page can be made again, and
-of a stopped run as well. Whatever a user supplied goes through `escape`.
+config.json, metrics.jsonl and results.json say all that it shows; `escape` is for what users wrote.
 
     python page.py runs/0001
 """
@@ -14,6 +13,7 @@ from dataclasses import fields
 from html import escape
 from pathlib import Path
 
+import durable
 from config import REPEATED, Config
 
 KINDS = ("sft", "scored", "chosen", "rejected")
@@ -216,13 +216,13 @@ def write(run: str | Path) -> Path:
         raise ValueError(f"{run} is no run folder: it has no config.json; give a folder of runs/")
     settings = json.loads((run / "config.json").read_text("utf-8"))
     log, found = run / "metrics.jsonl", run / "results.json"
-    rows = [json.loads(r) for r in log.read_text("utf-8").splitlines()] if log.is_file() else []
+    lines = log.read_text("utf-8").split("\n")[:-1] if log.is_file() else []  # a kill cuts one
     results = json.loads(found.read_text("utf-8")) if found.is_file() else {}
-    (run / "report.html").write_text(
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+    durable.write(
+        run / "report.html", '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title(settings))}</title><style>{STYLE}</style></head>\n<body>\n"
-        f"{body(settings, rows, results)}\n</body></html>\n", "utf-8")
+        f"{body(settings, list(map(json.loads, lines)), results)}\n</body></html>\n")
     return run / "report.html"
 
 

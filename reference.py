@@ -6,15 +6,15 @@ the last bit: what is read equals what would be worked out again, on one machine
 """
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+import durable
 import lora
 import model
 import tokens
@@ -32,9 +32,8 @@ def key(row: tokens.Encoded) -> str:
 def fingerprint(folder: Path, dtype: str, device: str) -> str:
     """16 hex digits of config.json, the weights, and the dtype and kind of device they run in."""
     total = hashlib.sha256(f"{dtype} {torch.device(device).type}".encode())
-    for path in (folder / "config.json", *model.weight_files(folder)):
-        with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+    for digest in durable.digests([folder / "config.json", *model.weight_files(folder)]):
+        total.update(bytes.fromhex(digest))
     return total.hexdigest()[:16]
 
 
@@ -58,9 +57,7 @@ def write(path: Path, known: Known) -> None:
     """Writes a store beside its old self, then replaces that.   OSError where it cannot."""
     path.parent.mkdir(parents=True, exist_ok=True)
     keys = torch.tensor([list(bytes.fromhex(k)) for k in known], dtype=torch.uint8).view(-1, 16)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file({"keys": keys, "logps": torch.tensor(list(known.values()))}, part)
-    os.replace(part, path)
+    durable.write(path, save({"keys": keys, "logps": torch.tensor(list(known.values()))}))
 
 
 def store(config: Config, folder: Path) -> tuple[Path, Known] | None:

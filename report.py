@@ -3,6 +3,7 @@
 Plain text, the same on a terminal and in a file.
 """
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import durable
 import lora
 import model
 import tokens
@@ -147,14 +149,22 @@ def memory_mib(device: str) -> float:
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    durable.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_lines(path: Path, values: Iterable[object]) -> None:
-    path.write_text("".join(json.dumps(v) + "\n" for v in values), "utf-8")
+    durable.write(path, "".join(json.dumps(v) + "\n" for v in values))
 
 
-def keep_lines(path: Path, count: int) -> None:
-    """Cuts a JSONL file to its first `count` lines, creating it if need be."""
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(lines[:count]), "utf-8")
+def keep_lines(path: Path, count: int | None = None) -> None:
+    """Cuts a JSONL file to its first `count` lines, or to its whole ones; makes it if need be.
+
+    ValueError where it has fewer: a checkpoint is only made when its lines are on disk.
+    """
+    path.touch()
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if count and len(whole) < count:
+        raise ValueError(f"{path} has {len(whole)} lines, the checkpoint was made after {count}: "
+                         "put the file back, or start a new run with another --out")
+    os.truncate(path, sum(map(len, whole[:count])))

@@ -1,7 +1,8 @@
 """Measure, then update: configuration, one optimizer step, the loop, the command line.
 
-Every loss is one line of LOSSES and every step is the same: policy and reference on micro-batches,
-the loss per term, one division by the step's own number of terms, backward, clip, AdamW.
+Every loss is one line of objectives.py and every step is the same: policy and reference on
+micro-batches, the loss per term, one division by the step's own number of terms, backward, clip,
+AdamW.
 
     python train.py                                                    the demo, DEMO below
     python train.py --model DIR --data FILE --loss uft --template alpaca --max_length 512
@@ -10,18 +11,19 @@ import contextlib
 import json
 import math
 import os
+import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import checkpoint
+import durable
 import evaluate
 import exam
 import lora
@@ -31,83 +33,15 @@ import model
 import page
 import reference
 import report
+import stops
 import tokens
 from config import Config, check_device, parse_flags
+from objectives import LOSSES, Terms
 
 DEMO = ("--model lab/base --data lab/data/demonstrations.jsonl --data lab/data/feedback.jsonl "
         "--test lab/data/instructions.jsonl --test lab/data/truth.jsonl "
         "--test lab/data/truth_choices.jsonl --loss uft --beta 0.1 --lr 7e-3 --epochs 3 "
         "--batch_size 32 --max_length 96 --sample_tokens 24")
-
-
-class Terms(NamedTuple):
-    """What a loss may read of one micro-batch, and the two constants of the whole step."""
-
-    logps: Tensor  # (B,)
-    ref_logps: Tensor | None  # (B,)
-    token_logps: Tensor  # (B, T)
-    mask: Tensor  # (B, T)
-    rewards: Tensor  # (B,)
-    kinds: Sequence[str]  # B of "sft", "chosen", "rejected", "scored"
-    z0: Tensor  # scalar, KTO's reference point
-    tokens_per_row: float  # response tokens, averaged over the rows of the step
-    config: Config
-
-
-class Objective(NamedTuple):
-    """A loss by name: which units it reads, whether it needs pi_ref, and its value per unit."""
-
-    reads: str  # see data.units
-    reference: bool
-    loss: Callable[[Terms], Tensor]
-    start: Callable[[Tensor, Config], Tensor | float] | None  # its value at policy == reference
-
-
-def sides(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected) of rows that alternate."""
-    return x[0::2], x[1::2]
-
-
-def pair(t: Terms) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    return *sides(t.logps), *sides(t.ref_logps), t.config.beta
-
-
-def row(t: Terms) -> tuple[Tensor, Tensor, Tensor, float]:
-    return t.logps, t.ref_logps, t.rewards, t.config.beta
-
-
-def means(t: Terms) -> tuple[Tensor, Tensor]:
-    return sides(t.logps / t.mask.sum(-1))
-
-
-LOSSES = {
-    "uft": Objective("rows", True, lambda t: losses.uft(*row(t)),
-                     lambda r, c: (0.5 - r).square()),
-    "uft_bce": Objective("rows", True, lambda t: losses.uft_bce(*row(t)), lambda r, c: math.log(2)),
-    "una_binary": Objective("labels", True, lambda t: losses.uft(*row(t)),
-                            lambda r, c: (0.5 - r).square()),
-    "una_pair": Objective("pairs", True, lambda t: losses.una_pair(*pair(t)),
-                          lambda r, c: math.log(2)),
-    "sft": Objective("demonstrations", False, lambda t: losses.sft(t.logps), None),
-    "sft_token_mean": Objective(
-        "demonstrations", False,
-        lambda t: losses.sft_token_mean(t.token_logps, t.mask, t.tokens_per_row), None),
-    "dpo": Objective("pairs", True, lambda t: losses.dpo(*pair(t), t.config.label_smoothing),
-                     lambda r, c: math.log(2)),
-    "ipo": Objective("pairs", True, lambda t: losses.ipo(*pair(t)),
-                     lambda r, c: 1 / (2 * c.beta)**2),
-    "bco_pair": Objective("pairs", True, lambda t: losses.bco_pair(*pair(t)),
-                          lambda r, c: 2 * math.log(2)),
-    "kto": Objective(
-        "labels", True,
-        lambda t: losses.kto(t.logps, t.ref_logps, t.rewards > 0.5, t.z0, t.config.beta,
-                             t.config.desirable_weight, t.config.undesirable_weight),
-        lambda r, c: torch.where(r > 0.5, c.desirable_weight, c.undesirable_weight) / 2),
-    "orpo": Objective("pairs", False, lambda t: losses.orpo(*means(t), t.config.orpo_weight), None),
-    "simpo": Objective(
-        "pairs", False,
-        lambda t: losses.simpo(*means(t), t.config.beta, t.config.simpo_gamma), None),
-}
 
 
 def learning_rate(step: int, steps: int, config: Config) -> float:
@@ -206,13 +140,21 @@ def self_check(net: model.Transformer, units: list, config: Config) -> str:
 
 
 def run_folder(config: Config) -> Path:
-    """config.out, or the next free runs/NNNN; ValueError where a run lies there already."""
+    """config.out, or the next free runs/NNNN; ValueError where a new run may not write there."""
     if config.resume and not config.out:
         raise ValueError("--resume true needs --out RUN, the folder of the run to go on with")
     taken = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
     out = Path(config.out or f"runs/{max(taken, default=0) + 1:04}")
-    if (out / "config.json").exists() and not config.resume:
+    above = next(p for p in (out, *out.absolute().parents) if p.exists())
+    held = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: {above} is not a folder that can be written to")
+    if config.resume and "config.json" not in held:
+        raise ValueError(f"cannot resume --out {out}: it holds no run (no config.json)")
+    if not config.resume and "config.json" in held:
         raise ValueError(f"--out {out} holds a run already: choose another, or --resume true")
+    if not config.resume and (odd := [n for n in held if n != "lock" and n[:4] != "tmp-"]):
+        raise ValueError(f"--out {out} holds other files ({min(odd)}): choose a new folder")
     return out
 
 
@@ -237,32 +179,40 @@ def adapted(config: Config, folder: Path) -> tuple[model.Transformer, torch.opti
 
 def train(config: Config) -> Path:
     """A whole run; returns its folder.   ValueError for whatever a user can set right."""
-    began = time.perf_counter()
     check_device(config.device)
     folder, out = model.resolve(config.model), run_folder(config)
     chat, tests = open_chat(config, folder), exam.read_tests(config)
-    files, weights, held, told, dropped, size = mixture.load_data(
-        config, chat, LOSSES[config.loss].reads)
+    files, *loaded = mixture.load_data(config, chat, LOSSES[config.loss].reads)
     kept = LOSSES[config.loss].reference and reference.store(config, folder)
     net, optimizer = adapted(config, folder)
+    with checkpoint.locked(out):
+        run(net, optimizer, chat, folder, out, config, tests, files, loaded, kept)
+    return out
+
+
+def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.Chat, folder: Path,
+        out: Path, config: Config, tests: dict, files: list, loaded: list, kept: tuple) -> None:
+    """Begins or goes on, trains, and measures before and after: all that writes into `out`."""
+    began, (weights, held, told, dropped, size) = time.perf_counter(), loaded
     steps = config.steps or math.ceil(config.epochs * size / config.batch_size)
-    state = {"step": 0, "num_tokens": 0, "place": (0, 0)}
-    if config.resume:
-        state = checkpoint.resume(net, optimizer, out, asdict(config))
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        report.write_json(out / "config.json", asdict(config))
-        report.write_lines(out / "dropped.jsonl", dropped)
+    state = {"step": 0, "num_tokens": 0, "place": (0, 0),
+             "inputs": checkpoint.inputs(config, folder, model.weight_files(folder))}
     print(report.header(net, config, told, len(dropped), steps, out))
     print("".join(f"test    {name}: {len(asked)} questions\n" for name, asked in tests.items()),
           end="")
-    if state["step"]:
-        print(f"resume  after step {state['step']}, {state['num_tokens']} tokens seen")
+    if config.resume:
+        state, notes = checkpoint.resume(net, optimizer, out, config, state)
+        print("\n".join(f"resume  {n}" for n in [
+            *notes, f"after step {state['step']}, {state['num_tokens']} tokens seen"]))
+    else:
+        report.write_lines(out / "dropped.jsonl", dropped)
+        report.write_json(out / "config.json", asdict(config))
+    report.keep_lines(out / "dropped.jsonl")
     batches = mixture.stream(files, weights, config, state["place"], out / "dropped.jsonl")
     batches = reference.through(net, batches, *kept) if kept else batches
     first, _ = next(mixture.stream(files, weights, config))
     print(report.example(first[0][0], chat))
-    if not config.resume:
+    if not state["step"]:
         print("check   " + self_check(net, first, config), flush=True)
     prompts = [unit[0].prompt for unit in (held or first)][:3 if config.sample_tokens else 0]
     asked = exam.Exam(held, tests, prompts, config.sample_tokens, config.beta,
@@ -271,59 +221,56 @@ def train(config: Config) -> Path:
         before = exam.examine(net, chat, asked)
     with contextlib.closing(batches):
         run_steps(net, optimizer, batches, state, steps, size, config, out)
-    lora.save(net, out / "adapter", str(config.model))
-    chat.save(out / "adapter")
+    with durable.folder(out / "adapter") as part:
+        lora.save(net, part, config.model)
+        chat.save(part)
     results = exam.compare(before, exam.examine(net, chat, asked))
     results |= {"verdict": report.verdict(results["held_out"]["after"], results["tests"]),
                 "seconds": time.perf_counter() - began}
     report.write_json(out / "results.json", results)
     page.write(out)
     print(report.closing(results, folder, out))
-    return out
 
 
 def run_steps(
     net: model.Transformer, optimizer: torch.optim.Optimizer, batches: Iterator[tuple], state: dict,
     steps: int, size: int, config: Config, out: Path,
 ) -> None:
-    """Trains from state["step"] to `steps`: a line of metrics.jsonl each, then a checkpoint."""
+    """Trains from state["step"] to `steps`: a line of metrics.jsonl each, then a checkpoint.
+
+    stops.Stopped after a signal, behind a checkpoint. Dropout is drawn from seed and step.
+    """
     report.keep_lines(out / "metrics.jsonl", state["step"])
-    bar, began = report.progress(steps, state["step"]), time.perf_counter()
-    start = state["step"]
-    with bar, open(out / "metrics.jsonl", "a", encoding="utf-8") as log:
+    start, began = state["step"], time.perf_counter()
+    with (report.progress(steps, start) as bar, stops.signals() as caught,
+          open(out / "metrics.jsonl", "a", encoding="utf-8") as log):
         for step in range(start, steps):
             clock, units, rate = time.perf_counter(), [], learning_rate(step, steps, config)
+            torch.manual_seed(random.Random(f"{config.seed} {step}").getrandbits(32))
             try:
                 units, place = next(batches)
                 metrics = train_step(net, optimizer, units, config, rate)
-            except (FloatingPointError, RuntimeError) as error:
-                raise stopped(error, step, units, config, out) from error
-            count = sum(len(e.ids) for unit in units for e in unit)
-            state = {"step": step + 1, "num_tokens": state["num_tokens"] + count}
-            now = time.perf_counter()
-            metrics = state | metrics | {
-                "epoch": (step + 1) * config.batch_size / size,
-                "tokens_per_s": count / (now - clock), "mem_mib": report.memory_mib(config.device)}
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
-            left = (now - began) / (step + 1 - start) * (steps - step - 1)
-            report.step(bar, metrics, steps, left)
-            if step + 1 == steps or config.save_every and (step + 1) % config.save_every == 0:
-                checkpoint.save(net, optimizer, out, state | {"place": place})
-
-
-def stopped(error: Exception, step: int, units: list, config: Config, out: Path) -> Exception:
-    """What a user is told when a step fails: numbers or memory; other errors are ours."""
-    if isinstance(error, FloatingPointError):
-        report.write_lines(out / "bad_batch.jsonl", [asdict(e) for unit in units for e in unit])
-        return ValueError(f"step {step + 1}: {error}. Usual causes: --lr {config.lr} too high, "
-                          f"damaged weights. The batch is saved in {out / 'bad_batch.jsonl'}")
-    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return ValueError(
-            f"out of memory at step {step + 1}. Try in this order: --micro_batch_tokens "
-            f"{config.micro_batch_tokens // 2}, --gradient_checkpointing true, --dtype bfloat16, "
-            f"--max_length {config.max_length // 2}")
-    return error
+                count = sum(len(e.ids) for unit in units for e in unit)
+                state |= {"step": step + 1, "num_tokens": state["num_tokens"] + count,
+                          "place": place}
+                now = time.perf_counter()
+                metrics = {k: state[k] for k in ("step", "num_tokens")} | metrics | {
+                    "epoch": (step + 1) * config.batch_size / size,
+                    "tokens_per_s": count / (now - clock),
+                    "mem_mib": report.memory_mib(config.device)}
+                log.write(json.dumps(metrics) + "\n")
+                log.flush()
+                left = (now - began) / (step + 1 - start) * (steps - step - 1)
+                report.step(bar, metrics, steps, left)
+                every = config.save_every or steps
+                if step + 1 == steps or (step + 1) % every == 0 or caught:
+                    os.fsync(log.fileno())
+                    checkpoint.save(net, optimizer, out, state, config)
+            except (FloatingPointError, RuntimeError, MemoryError) as error:
+                raise stops.explain(error, step, units, config, out) from error
+            if caught:
+                raise stops.Stopped(f"stopped after step {step + 1} of {steps}, which is saved; go "
+                                    f"on with the same flags, --out {out} --resume true", caught[0])
 
 
 def demo_flags() -> list[str]:
@@ -347,6 +294,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except stops.Stopped as stop:
+        print(f"train.py: {stop.args[0]}", file=sys.stderr)
+        sys.exit(128 + stop.args[1])
     except KeyboardInterrupt:
         print("train.py: stopped; --out RUN --resume true goes on from its newest checkpoint",
               file=sys.stderr)

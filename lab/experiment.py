@@ -28,6 +28,7 @@ import data
 import lora
 import losses
 import model
+import objectives
 import tokens
 import train
 from lab import world
@@ -42,7 +43,7 @@ BATCH = 32
 class Stage:
     """One training run on one file, or on both; rows are drawn anew for every seed."""
 
-    loss: str  # a name in train.LOSSES or OWN
+    loss: str  # a name in objectives.LOSSES or OWN
     rows: str  # demonstrations, feedback, both, or good: demonstrations and scores of .75 or more
     lr: float
     beta: float = 0.1
@@ -54,24 +55,25 @@ class Stage:
     clip: float = 1.0  # the largest norm of a gradient
 
 
-def is_demonstration(t: train.Terms) -> Tensor:
+def is_demonstration(t: objectives.Terms) -> Tensor:
     return torch.tensor([k == "sft" for k in t.kinds], device=t.logps.device)
 
 
-def row_loss(loss: Callable[[train.Terms], Tensor]) -> train.Objective:
-    return train.Objective("rows", True, loss, None)
+def row_loss(loss: Callable[[objectives.Terms], Tensor]) -> objectives.Objective:
+    return objectives.Objective("rows", True, loss, None)
 
 
 OWN = {
     # beta/4 is the weight that Eq. 7 gives a demonstration at the first step
     "sft_una": row_loss(lambda t: torch.where(
-        is_demonstration(t), t.config.beta / 4 * losses.sft(t.logps), losses.uft(*train.row(t)))),
+        is_demonstration(t), t.config.beta / 4 * losses.sft(t.logps),
+        losses.uft(*objectives.row(t)))),
     # the limit beta -> 0 of Eq. 7: SFT with weight r - 1/2
     "weighted_sft": row_loss(
         lambda t: t.config.beta / 2 * (t.rewards - 0.5) * losses.sft(t.logps)),
     # SFT, BCE and KTO at the same first gradient as Eq. 7
     "sft_quarter": row_loss(lambda t: t.config.beta / 4 * losses.sft(t.logps)),
-    "uft_bce_half": row_loss(lambda t: losses.uft_bce(*train.row(t)) / 2),
+    "uft_bce_half": row_loss(lambda t: losses.uft_bce(*objectives.row(t)) / 2),
     "kto_rows": row_loss(lambda t: losses.kto(  # z0 = 0
         t.logps, t.ref_logps, t.rewards > 0.5, torch.zeros(()), t.config.beta)),
     # SFT that stops, row by row, at a gain of 2/beta nats, where Eq. 7 has faded to a tenth
@@ -106,7 +108,7 @@ def units(stage: Stage, seed: int) -> list[tuple]:
     given = encoded(world.feedback(here, seed, scored // 2)) * (stage.rows != "demonstrations")
     if stage.rows == "good":
         given = [replace(e, kind="chosen", reward=1.0) for e in given if e.reward >= 0.75]
-    reads = "rows" if stage.loss == "sft_kl" else (OWN | train.LOSSES)[stage.loss].reads
+    reads = "rows" if stage.loss == "sft_kl" else (OWN | objectives.LOSSES)[stage.loss].reads
     return data.units(taught + rescored(given, stage.scores, seed), reads)[0]
 
 
@@ -159,7 +161,7 @@ def fit(net: model.Transformer, stage: Stage, seed: int,
 
     FloatingPointError where loss or gradient is not finite.
     """
-    train.LOSSES.update(OWN)
+    objectives.LOSSES.update(OWN)
     given, wanted = units(stage, seed), settings(stage, seed)
     steps = count_steps(stage, given)
     lora.inject(net, 16, 16, generator=torch.Generator().manual_seed(seed))

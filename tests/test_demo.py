@@ -40,7 +40,7 @@ def test_the_demo_learns_to_follow_instructions_and_to_tell_the_truth(demo):
 
 def test_the_demo_says_what_it_runs_and_leaves_a_page(demo):
     """Red: train.py:main: `print(f"demo    python` -> `print(f"demo    pyhton`
-    Red: train.py:train: `page.write(out)` -> `pass`"""
+    Red: train.py:run: `page.write(out)` -> `pass`"""
     printed, _, here = demo
     assert "demo    python" in printed.split("\n")[0] and "--loss uft" in printed.split("\n")[0]
     assert (here / "runs/0001/report.html").stat().st_size > 5000

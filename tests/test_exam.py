@@ -47,10 +47,10 @@ def run(base, file, out, tests, *more):
 
 def test_results_are_the_gains_from_base_to_adapter(base, files, tests, tmp_path, capsys):
     """Asked again of the base and of the saved adapter, the tests give the same numbers.
-    Red: train.py:train: `compare(before, exam` -> `compare(before, before or exam`
+    Red: train.py:run: `compare(before, exam` -> `compare(before, before or exam`
     Red: exam.py:compare: `before["scores"][name], scores)` -> `scores, scores)`
     Red: exam.py:compare: `"before": before["held_out"]` -> `"before": after["held_out"]`
-    Red: train.py:train: `"seconds": time.perf_counter() - began` -> `"seconds": 0`"""
+    Red: train.py:run: `"seconds": time.perf_counter() - began` -> `"seconds": 0`"""
     found = run(base, files / "scores.jsonl", tmp_path / "run", tests)
     asked, scores = exam.read_tests(config.Config("m", ("d",), tuple(tests))), []
     for adapter in (None, tmp_path / "run/adapter"):
@@ -74,7 +74,7 @@ def test_results_are_the_gains_from_base_to_adapter(base, files, tests, tmp_path
 
 def test_a_resumed_run_is_asked_of_the_base_before(base, files, tests, tmp_path):
     """Gone on with after its last step, a run has the same tests before and after as at first.
-    Red: train.py:train: `lora.disabled(net)` -> `torch.no_grad()`
+    Red: train.py:run: `lora.disabled(net)` -> `torch.no_grad()`
     Red: checkpoint.py: `"sample_tokens", "test")` -> `"sample_tokens")`"""
     first = run(base, files / "scores.jsonl", tmp_path / "run", tests[1:])
     again = run(base, files / "scores.jsonl", tmp_path / "run", tests, "--resume", "true")
@@ -102,7 +102,7 @@ def test_samples_are_the_first_questions_of_the_files_in_turn(base, files, tests
 
 def test_without_patterns_samples_are_held_out_prompts_without_a_mark(base, files, tests, tmp_path):
     """Red: exam.py:examine: `if not shown:` -> `if 0:`
-    Red: train.py:train: `(held or first)` -> `first`"""
+    Red: train.py:run: `(held or first)` -> `first`"""
     found = run(base, files / "pairs.jsonl", tmp_path / "run", tests[2:])
     setup = config.Config("m", (f"{files}/pairs.jsonl",), held_out=4, max_length=128)
     held = train.mixture.load_data(setup, tokens.Chat(base, "plain"), "rows")[2]

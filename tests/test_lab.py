@@ -219,7 +219,7 @@ def gradients(name, beta, gains, rewards, kinds):
 @pytest.mark.parametrize("name", ["sft_una", "sft_quarter", "uft_bce_half", "kto_rows", "sft_stop",
                                   "weighted_sft", "uft"])
 def test_a_fresh_demonstration_has_the_same_weight_in_every_loss_of_the_lab(name):
-    """Red: lab/experiment.py: `(*train.row(t)) / 2` -> `(*train.row(t)) / 1`
+    """Red: lab/experiment.py: `(*objectives.row(t)) / 2` -> `(*objectives.row(t)) / 1`
     Red: lab/experiment.py: `t.config.beta / 2 * (t.rewards` -> `t.config.beta * (t.rewards`
     Red: lab/experiment.py: `< 2, t.config.beta / 4, 0.0)` -> `< 2, t.config.beta, 0.0)`"""
     found = gradients(name, 0.3, [0.0], [1.0], ("sft",))

@@ -223,8 +223,8 @@ def test_dropped_rows_of_a_large_file_are_listed_once_when_met_also_after_a_stop
     """Three epochs, stopped in the second: the lists and the metrics end the same.
     Red: mixture.py:stream: `dropped[0]["where"] not in met` -> `True`
     Red: mixture.py:stream: `listed.read_text("utf-8")` -> `""`
-    Red: train.py:train: `state["place"], out` -> `(0, 0), out`
-    Red: train.py:run_steps: `state | {"place": place}` -> `state | {"place": (0, 0)}`"""
+    Red: train.py:run: `state["place"], out` -> `(0, 0), out`
+    Red: train.py:run_steps: `"place": place}` -> `"place": (0, 0)}`"""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(
         {"prompt": f"Say {i}.", "response": ("yes", " ", "long " * 60)[i % 5 % 3]}) + "\n"
@@ -232,7 +232,7 @@ def test_dropped_rows_of_a_large_file_are_listed_once_when_met_also_after_a_stop
     monkeypatch.setattr(mixture, "LARGE", 0)
     whole = run(base, path, tmp_path / "whole", "--steps", "6", "--save_every", "3")
     part = run(base, path, tmp_path / "part", "--steps", "6", "--save_every", "3")
-    (part / "checkpoints/step-6").rename(part / "checkpoints/step-6.part")
+    (part / "checkpoints/step-6").rename(part / "checkpoints/tmp-step-6-1")
     run(base, path, part, "--steps", "6", "--save_every", "3", "--resume", "true")
     told = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             for out in (whole, part)]

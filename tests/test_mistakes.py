@@ -90,8 +90,8 @@ CASES = {
     "weight of no row": ("train", {}, "--data DIR/data.jsonl:0.01",
                          "nothing is left; 36 rows; FILE:WEIGHT"),
     "a target that is no layer": ("train", {}, "--lora_targets q_proj,qproj", "'qproj'; up_proj"),
-    "out is a file": ("train", {"run": "x"}, "", "File exists; DIR/run"),
-    "nothing to resume": ("train", {}, "--resume true", "cannot resume; DIR/run; no checkpoint"),
+    "out is a file": ("train", {"run": "x"}, "", "DIR/run is not a folder that can be written"),
+    "nothing to resume": ("train", {}, "--resume true", "cannot resume; DIR/run; no run"),
     "empty file": ("evaluate", {DATA: ""}, "", "data.jsonl; no usable row"),
     "nothing fits": ("evaluate", {}, "--max_length 4", "data.jsonl; up to 4 tokens"),
     "no such column": ("evaluate", {"q.csv": "a,b\n1,2\n"}, "--data DIR/q.csv",
@@ -189,8 +189,8 @@ def test_a_mistake_on_a_real_command_line_shows_no_traceback(case, place):
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
 def test_out_of_memory_names_the_step_and_what_to_try(error, place, capsys, monkeypatch):
-    """Red: train.py:stopped: `isinstance(error, torch.OutOfMemoryError) or` -> ``
-    Red: train.py:stopped: `or "allocate memory" in str(error)` -> ``"""
+    """Red: stops.py:explain: `isinstance(error, torch.OutOfMemoryError | MemoryError) or` -> ``
+    Red: stops.py:explain: `or "allocate memory" in str(error)` -> ``"""
     def train_step(*_):
         raise error
 
@@ -204,7 +204,7 @@ def test_out_of_memory_names_the_step_and_what_to_try(error, place, capsys, monk
 
 
 def test_an_error_of_ours_keeps_its_traceback(place, monkeypatch):
-    """Red: train.py:stopped: `return error` -> `return ValueError("something failed")`"""
+    """Red: stops.py:explain: `return error` -> `return ValueError("something failed")`"""
     def train_step(*_):
         raise RuntimeError("shapes differ")
 
@@ -219,8 +219,8 @@ def test_an_error_of_ours_keeps_its_traceback(place, monkeypatch):
     ("--resume true --loss uft_bce", "cannot resume; loss was 'uft' and is now 'uft_bce'")])
 def test_a_run_is_neither_overwritten_nor_continued_otherwise(flags, words, place, capsys):
     """And what it wrote stays as it was.
-    Red: checkpoint.py:resume: `and old.get(key) != now` -> `and False`
-    Red: train.py:run_folder: `(out / "config.json").exists()` -> `False`"""
+    Red: checkpoint.py:compare: `and old["config"].get(key) != value` -> `and False`
+    Red: train.py:run_folder: `if not config.resume and "config.json" in held` -> `if False`"""
     train.main(command(place, "train"))
     before = {p: p.read_bytes() for p in (place / "run").rglob("*.*")}
     capsys.readouterr()
@@ -232,7 +232,7 @@ def test_a_run_is_neither_overwritten_nor_continued_otherwise(flags, words, plac
 
 
 def test_the_batch_that_broke_a_run_is_saved_with_its_rows(place):
-    """Red: train.py:stopped: `for e in unit]` -> `for e in unit[1:]]`"""
+    """Red: stops.py:explain: `for e in unit]` -> `for e in unit[1:]]`"""
     with pytest.raises(SystemExit):
         train.main(command(place, "train", "--lr 1e30"))
     rows = (place / "run/bad_batch.jsonl").read_text("utf-8").splitlines()

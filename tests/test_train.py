@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -207,17 +208,18 @@ def test_the_first_step_of_adamw_is_the_same_for_uft_and_sft():
 @pytest.mark.parametrize("dropout", ["0.0", "0.3"])
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(base, files, tmp_path, dropout):
     """From the middle of either epoch, past a checkpoint that a kill left half-written.
-    Red: checkpoint.py:resume: `torch.set_rng_state(tensors.pop("rng"))` -> `tensors.pop("rng")`
-    Red: checkpoint.py:resume: `optimizer.state[weights[name]][part] = tensor.to(place)` -> `pass`
-    Red: checkpoint.py:resume: `if not p.suffix` -> `if p`
-    Red: train.py:train: `config, state["place"]` -> `config, (0, 0)`"""
-    flags = ("--steps", "8", "--save_every", "3", "--lora_dropout", dropout)
+    Red: train.py:run_steps: `f"{config.seed} {step}"` -> `f"{start} {step}"`
+    Red: checkpoint.py:restore: `optimizer.state[weights[name]][part] = tensor.to(place)` -> `pass`
+    Red: checkpoint.py:restore: `layers[name].lora_B.data.copy_(b)` -> `pass`
+    Red: checkpoint.py:steps: `if re.fullmatch(r"step-\\d+", p.name)` -> `if p`
+    Red: train.py:run: `config, state["place"]` -> `config, (0, 0)`"""
+    flags = ("--steps", "8", "--save_every", "3", "--keep", "3", "--lora_dropout", dropout)
     whole = run(base, files / "scores.jsonl", tmp_path / "whole", *flags)
     for stop in (3, 6):
         part = shutil.copytree(whole, tmp_path / f"part{stop}")
         shutil.rmtree(part / "adapter")
         for n in (n for n in (6, 8) if n > stop):
-            (part / f"checkpoints/step-{n}").rename(part / f"checkpoints/step-{n}.part")
+            (part / f"checkpoints/step-{n}").rename(part / f"checkpoints/tmp-step-{n}-1")
         run(base, files / "scores.jsonl", part, *flags, "--resume", "true")
         a, b = (load_file(p / "adapter/adapter_model.safetensors") for p in (whole, part))
         assert len(a) == 28 and all(torch.equal(a[key], b[key]) for key in a)
@@ -235,8 +237,12 @@ def test_gradient_checkpointing_changes_no_metric():
 
 def test_a_run_never_overwrites_another(tmp_path, monkeypatch):
     """--out of a run is refused; without --out the next free number is taken.
-    Red: train.py:run_folder: `.exists() and not config.resume` -> `.exists() and config.resume`
+    Red: train.py:run_folder: `if not config.resume and "config.json" in held` -> `if False`
     Red: train.py:run_folder: `config.resume and not config.out` -> `False`
+    Red: train.py:run_folder: `if config.resume and "config.json" not in held` -> `if False`
+    Red: train.py:run_folder: `not above.is_dir()` -> `False`
+    Red: train.py:run_folder: `n != "lock"` -> `False`
+    Red: train.py:run_folder: `(odd := [n for n in held if n` -> `(odd := [n for n in () if n`
     Red: train.py:run_folder: `default=0) + 1` -> `default=0)`"""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs/0007"
@@ -244,7 +250,13 @@ def test_a_run_never_overwrites_another(tmp_path, monkeypatch):
     (folder / "config.json").touch()
     assert str(train.run_folder(settings())) == "runs/0008"
     assert train.run_folder(settings(out=str(folder), resume=True)) == folder
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/lock").touch()
+    assert train.run_folder(settings(out="begun")) == Path("begun")
     for wrong, message in (({"out": str(folder)}, "0007 holds a run already"),
+                           ({"out": "begun", "resume": True}, "begun: it holds no run"),
+                           ({"out": "runs"}, r"runs holds other files \(0007\)"),
+                           ({"out": "begun/lock/a"}, "begun/lock is not a folder that can"),
                            ({"resume": True}, "needs --out RUN")):
         with pytest.raises(ValueError, match=message):
             train.run_folder(settings(**wrong))
@@ -253,7 +265,7 @@ def test_a_run_never_overwrites_another(tmp_path, monkeypatch):
 @LOSSES
 def test_every_loss_trains_an_adapter_to_sample_from(loss, base, files, tmp_path, capsys):
     """Over a bfloat16 base, whose adapters are float32 and whose check at step 0 is exact.
-    Red: train.py:train: `lora.save(net, out / "adapter", str(config.model))` -> `pass`
+    Red: train.py:run: `lora.save(net, part, config.model)` -> `lora.inject(net, 1, 1)`
     Red: train.py:train_step: `optimizer.step()` -> `pass`
     Red: lora.py:LoRALinear.__init__: `torch.float32)` -> `torch.bfloat16)`"""
     out = run(base, f"{files}/{FILE[loss]}.jsonl", tmp_path / "run", "--loss", loss, "--steps", "2",
@@ -268,16 +280,17 @@ def test_every_loss_trains_an_adapter_to_sample_from(loss, base, files, tmp_path
 
 
 def test_a_run_folder_holds_settings_metrics_with_trls_names_and_peft_files(base, files, tmp_path):
-    """Red: train.py:train: `chat.save(out / "adapter")` -> `pass`
-    Red: train.py:train: `report.write_json(out / "config.json", asdict(config))` -> `pass`
-    Red: train.py:train: `page.write(out)` -> `pass`
+    """Red: train.py:run: `chat.save(part)` -> `pass`
+    Red: train.py:run: `report.write_json(out / "config.json", asdict(config))` -> `pass`
+    Red: train.py:run: `page.write(out)` -> `pass`
     Red: train.py:run_steps: `"epoch":` -> `"epochs":`
     Red: evaluate.py:measure: `out["rewards/margins"]` -> `out["margins"]`"""
     out = run(base, files / "pairs.jsonl", tmp_path / "run", "--loss", "dpo", "--steps", "2")
     kept = ["adapter_config.json", "adapter_model.safetensors"]
     assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.*")) == [
         *(f"adapter/{n}" for n in [*kept, "chat_template.jinja", "generation_config.json"]),
-        *(f"checkpoints/step-2/{n}" for n in [*kept, "optimizer.safetensors", "state.json"]),
+        *(f"checkpoints/step-2/{n}" for n in [*kept, "manifest.json", "optimizer.safetensors",
+                                               "state.json"]),
         "config.json", "dropped.jsonl", "metrics.jsonl", "report.html", "results.json"]
     names = {"step", "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "logps/chosen",
              "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins",

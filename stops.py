@@ -1,0 +1,53 @@
+"""Every way a run ends before its last step: a signal, bad numbers, no memory, a failed save."""
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import report
+from config import Config
+
+
+class Stopped(Exception):
+    """A signal ended the run between two steps; its state is saved. args: message, signal."""
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """Inside the block SIGINT and SIGTERM are put on the list given; a second one acts at once."""
+    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def catch(number: int) -> None:
+        caught.append(number)
+        for kind in kinds:
+            signal.signal(kind, before[kind])  # so that a second one acts
+        print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
+
+    here = threading.current_thread() is threading.main_thread()  # others may not set handlers
+    try:
+        for kind in kinds if here else ():
+            signal.signal(kind, lambda number, _: catch(number))
+        yield caught
+    finally:
+        for kind in kinds if here else ():
+            signal.signal(kind, before[kind])
+
+
+def explain(error: Exception, step: int, units: list, config: Config, out: Path) -> Exception:
+    """What a user is told when a step fails: numbers or memory; other errors are ours."""
+    if isinstance(error, FloatingPointError):
+        report.write_lines(out / "bad_batch.jsonl", [asdict(e) for unit in units for e in unit])
+        return ValueError(f"step {step + 1}: {error}. Usual causes: --lr {config.lr} too high, "
+                          f"damaged weights. The batch is saved in {out / 'bad_batch.jsonl'}")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+        return ValueError(
+            f"out of memory at step {step + 1}. Try in this order: --micro_batch_tokens "
+            f"{config.micro_batch_tokens // 2}, --gradient_checkpointing true, --dtype bfloat16, "
+            f"--max_length {config.max_length // 2}")
+    return error
