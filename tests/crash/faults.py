@@ -1,13 +1,13 @@
-"""Faults planted inside the process: what strace does to a system call, done to a function of os.
+"""Faults planted inside the process, and its calls recorded: what strace does, done to os.
 
 Less sharp than strace (it cannot reach the writes of compiled code) but it needs nothing installed.
 """
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable
-
-CALLS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "open")
+from pathlib import Path
 
 
 def plant(faults: list[dict]) -> None:
@@ -42,3 +42,42 @@ def spoiled(call: Callable, fault: dict) -> Callable:
         return call(target, *rest, **named)
 
     return broken
+
+
+def record(trace: str) -> None:
+    """Writes os.fsync, os.rename, os.replace and os.rmdir to a file, in strace's words.
+
+    Compiled code writes unseen, so a file's own time tells at the rename whether it changed after
+    its fsync; one that was never synced shows up there.
+    """
+    synced = {}
+
+    def told(line):
+        with open(trace, "a", encoding="utf-8") as out:
+            out.write(f"{os.getpid()} {line} = 0\n")
+
+    def made(path):
+        if path not in synced:
+            kind = f'mkdir("{path}", 0777)' if os.path.isdir(path) else (
+                f'openat(AT_FDCWD, "{path}", O_WRONLY|O_CREAT, 0666)')
+            told(kind)
+
+    def fsync(handle, real=os.fsync):
+        path = place(handle)
+        made(path)
+        real(handle)
+        synced[path] = time.time_ns()
+        told(f"fsync(3<{path}>)")
+
+    def renaming(real):
+        def rename(source, target):
+            source, target = place(source), place(target)
+            for path in map(str, [*Path(source).rglob("*"), source]):
+                made(path)
+                if os.stat(path).st_mtime_ns > synced.setdefault(path, 0):
+                    told(f"ftruncate(3<{path}>, 0)")
+            real(source, target)
+            told(f'rename("{source}", "{target}")')
+        return rename
+
+    os.fsync, os.rename, os.replace = fsync, renaming(os.rename), renaming(os.replace)

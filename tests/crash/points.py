@@ -101,34 +101,42 @@ def chosen(places: list[tuple[str, int, str]], count: int, torn: bool) -> list[P
 
 
 def outcome(place: Place, point: Point) -> tuple[str, list[str]]:
-    """(what a point hit and did, what is wrong after it): the run goes on to the quiet end.
-
-    A killed run is resumed; a failed call ends the run with code 2 and a sentence, or does no harm
-    (code 0); no folder that calls itself a checkpoint is broken; the end is bitwise.
-    """
+    """(what a point hit and did, what is wrong after it)."""
     out, file = place.root / "run", place.root / "point.trace"
     place.prepare(point.torn)
-    code, wrong = traced(place.warm, place.job(point.torn), file, point.rule()), []
+    code = traced(place.warm, place.job(point.torn), file, point.rule())
     kept, hit = [p.name for p in trial.steps(out)], mine(file, point.call)[point.when - 1:]
-    paths = [Path(p) for call in hit[:1] for p in call.paths() if Path(p).is_relative_to(out)]
-    if not paths:
-        wrong.append("the fault missed the run folder")
-    if code not in ((-9,) if point.fault == "KILL" else (0, 2)):
-        wrong.append(f"exit code {code}")
     text = (place.root / "point.log").read_text("utf-8")
-    if "Traceback" in text:
-        wrong.append("a traceback")
-    if code == 2 and str(out) not in text.strip().splitlines()[-1]:
-        wrong.append("the sentence names no file")
-    if code == 2 and trial.unfinished(out):
-        wrong.append(f"{trial.unfinished(out)} left behind")
-    wrong += trial.unusable(out)
-    if code:
-        wrong += go_on(place)
-    wrong += trial.differences(place.root / "quiet6", out)
+    paths = [Path(p) for call in hit[:1] for p in call.paths() if Path(p).is_relative_to(out)]
+    wrong = judged(place, code, point.fault == "KILL")
+    wrong += ["the fault missed the run folder"] * (not paths)
     where = str(paths[0].relative_to(out)) if paths else "?"
     last = f"  {text.strip().splitlines()[-1][:90]}" if code == 2 else ""
     return f"{where:50} code {code}, {' '.join(kept) or 'no checkpoint'}{last}", wrong
+
+
+def judged(place: Place, code: int, killed: bool) -> list[str]:
+    """What is wrong after a run that ended with `code` under a fault; it then goes on to its end.
+
+    A killed run is resumed; a failed call ends the run with code 2 and a sentence, or does no harm
+    (code 0); no folder that calls itself a checkpoint is broken; the end is bitwise the quiet one.
+    """
+    out, text = place.root / "run", (place.root / "point.log").read_text("utf-8")
+    wrong = [f"exit code {code}"] * (code not in ((-9,) if killed else (0, 2)))
+    wrong += ["a traceback"] * ("Traceback" in text)
+    if code == 2:
+        wrong += ["the sentence names no file"] * (str(out) not in text.strip().splitlines()[-1])
+        wrong += [f"{name} left behind" for name in sorted(trial.unfinished(out))]
+    wrong += trial.unusable(out)
+    if code:
+        wrong += go_on(place)
+    return wrong + trial.differences(place.root / "quiet6", out)
+
+
+def may_trace() -> bool:
+    """Whether strace is installed and allowed to trace."""
+    return bool(shutil.which("strace")) and subprocess.run(
+        ["strace", "-o", os.devnull, "true"], capture_output=True, check=False).returncode == 0
 
 
 def go_on(place: Place) -> list[str]:
@@ -155,13 +163,19 @@ def prepared(place: Place) -> None:
     os.rename(out, place.root / "torn")
 
 
+def plain(place: Place, torn: bool) -> Path:
+    """The trace of a run, or of one that resumes, to which nothing is done."""
+    place.prepare(torn)
+    file = place.root / f"plain{int(torn)}.trace"
+    traced(place.warm, place.job(torn), file)
+    return file
+
+
 def plan(place: Place, count: int) -> tuple[list[Point], list[str]]:
     """(the points to try, what the plain traces show to be wrong)."""
     points, wrong = [], []
     for torn, share in ((False, count - count // RESUMES), (True, count // RESUMES)):
-        place.prepare(torn)
-        file = place.root / f"plain{int(torn)}.trace"
-        traced(place.warm, place.job(torn), file)
+        file = plain(place, torn)
         wrong += trace.complaints(trace.calls(file.read_text("utf-8")), place.root / "run")
         points += chosen(candidates(mine(file), place.root / "run"), share, torn)
     return points, wrong

@@ -44,20 +44,19 @@ def kill(way: start.Warm | start.Real, out: Path, draw: random.Random) -> int | 
     return code
 
 
-def trial_run(
-    warm: start.Warm, root: Path, draw: random.Random, kills: int, tally: Counter,
-) -> list[str]:
+def trial_run(warm: start.Warm, root: Path, draw: random.Random, kills: int, tally: Counter,
+              flags: tuple[str, ...] = ()) -> list[str]:
     """One run to its end, with at most `kills` kills on the way; what is wrong with it."""
     out, rows, log = root / "run", root / "run.rows", root / "run.log"
     shutil.rmtree(out, ignore_errors=True)
     for file in (rows, log):
         file.unlink(missing_ok=True)
-    wrong, code, left = [], None, kills
+    wrong, code, left, flags = [], None, kills, trial.flags(root, out, *flags)
     while code != 0:
         more = ["--resume", "true"] if (out / "config.json").exists() else []
         way = start.Real() if draw.random() < REAL else warm
         before = trial.unfinished(out)
-        way.start({"argv": trial.flags(root, out, *more), "log": str(log), "rows": str(rows)})
+        way.start({"argv": [*flags, *more], "log": str(log), "rows": str(rows)})
         tally["starts"] += 1
         tally["real starts"] += way is not warm
         code = kill(way, out, draw) if left else start.finish(way)
@@ -77,11 +76,11 @@ def trial_run(
         root / "quiet.rows", rows)
 
 
-def quiet(warm: start.Warm, root: Path) -> list[str]:
+def quiet(warm: start.Warm, root: Path, flags: tuple[str, ...] = ()) -> list[str]:
     """The runs that nobody disturbs: a forked one, and `python train.py`, which must agree."""
     log = str(root / "quiet.log")
     for way, name in ((warm, "quiet"), (start.Real(), "real")):
-        code = start.go(way, {"argv": trial.flags(root, root / name), "log": log,
+        code = start.go(way, {"argv": trial.flags(root, root / name, *flags), "log": log,
                               "rows": str(root / "quiet.rows")})
         if code:
             return [f"the quiet run ended with {code}, see {log}"]

@@ -2,8 +2,10 @@
 
 A job is a JSON object: argv and log (a file), and perhaps rows (a file: what each step read), hold
 (wait for SIGUSR1), limits ({name of RLIMIT: bytes}), memory (bytes that it may still map), humble
-(root's right to write everywhere is given up), faults (see faults.py), files (write model and data
-there instead). Answers: the child's id, then its exit code, negative for a signal.
+(root's right to write everywhere is given up), faults (see faults.py), record (a file for its
+calls), files (write model and data there instead). Answers: the child's id, then its exit code,
+negative for a signal.
+
 No tensor is touched before the fork: threads would not survive it. torch would import _dynamo at
 the first step, a second's work: the parent has done that too.
 """
@@ -78,6 +80,8 @@ def work(job: dict) -> None:
     if "rows" in job:
         listen(job["rows"])
     faults.plant(job.get("faults", []))
+    if "record" in job:
+        faults.record(job["record"])
     return train.main(job["argv"])
 
 
