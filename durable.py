@@ -20,13 +20,25 @@ MANIFEST = "manifest.json"
 ASIDE = re.compile(r"tmp-.+-\d+")  # tmp-NAME-PROCESS, nobody else's
 
 
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An OSError of the block that names no file (a write, an fsync) names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
 def sync(path: Path) -> None:
     """fsync of a file, or of a folder's names.   Windows has none for folders."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with named(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -39,13 +51,20 @@ def write(path: Path, content: bytes | str) -> None:
     """The file `path` with this content, in place of an old one.   OSError where it cannot be."""
     part = aside(path)
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        with named(path):
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(part)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def append(path: Path, line: str) -> None:
+    """Adds a line to a log, on disk after `sync`.   OSError names the file."""
+    with named(path), open(path, "a", encoding="utf-8") as file:
+        file.write(line)
 
 
 @contextlib.contextmanager
@@ -58,9 +77,10 @@ def folder(final: Path, manifest: bool = False) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
         part.mkdir()
-        yield part
-        if manifest:
-            write_manifest(part)
+        with named(final):
+            yield part
+            if manifest:
+                write_manifest(part)
         for file in part.iterdir():
             file.chmod(part.stat().st_mode & 0o666)  # safetensors writes for the owner alone
             sync(file)
@@ -109,8 +129,12 @@ def digests(files: Iterable[Path]) -> list[str]:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(digest, files))
+    files = list(files)
+    try:
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(digest, files))
+    except RuntimeError:  # no memory for a thread
+        return list(map(digest, files))
 
 
 def write_manifest(parent: Path) -> None:

@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -186,6 +186,7 @@ def train(config: Config) -> Path:
     kept = LOSSES[config.loss].reference and reference.store(config, folder)
     net, optimizer = adapted(config, folder)
     with checkpoint.locked(out):
+        run_folder(replace(config, out=str(out)))  # another run may have been here meanwhile
         run(net, optimizer, chat, folder, out, config, tests, files, loaded, kept)
     return out
 
@@ -205,8 +206,9 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
         print("\n".join(f"resume  {n}" for n in [
             *notes, f"after step {state['step']}, {state['num_tokens']} tokens seen"]))
     else:
-        report.write_lines(out / "dropped.jsonl", dropped)
         report.write_json(out / "config.json", asdict(config))
+    if not state["step"]:
+        report.write_lines(out / "dropped.jsonl", dropped)
     report.keep_lines(out / "dropped.jsonl")
     batches = mixture.stream(files, weights, config, state["place"], out / "dropped.jsonl")
     batches = reference.through(net, batches, *kept) if kept else batches
@@ -240,10 +242,9 @@ def run_steps(
 
     stops.Stopped after a signal, behind a checkpoint. Dropout is drawn from seed and step.
     """
-    report.keep_lines(out / "metrics.jsonl", state["step"])
-    start, began = state["step"], time.perf_counter()
-    with (report.progress(steps, start) as bar, stops.signals() as caught,
-          open(out / "metrics.jsonl", "a", encoding="utf-8") as log):
+    log, start, began = out / "metrics.jsonl", state["step"], time.perf_counter()
+    report.keep_lines(log, start)
+    with report.progress(steps, start) as bar, stops.signals() as caught:
         for step in range(start, steps):
             clock, units, rate = time.perf_counter(), [], learning_rate(step, steps, config)
             torch.manual_seed(random.Random(f"{config.seed} {step}").getrandbits(32))
@@ -258,13 +259,12 @@ def run_steps(
                     "epoch": (step + 1) * config.batch_size / size,
                     "tokens_per_s": count / (now - clock),
                     "mem_mib": report.memory_mib(config.device)}
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
+                durable.append(log, json.dumps(metrics) + "\n")
                 left = (now - began) / (step + 1 - start) * (steps - step - 1)
                 report.step(bar, metrics, steps, left)
                 every = config.save_every or steps
                 if step + 1 == steps or (step + 1) % every == 0 or caught:
-                    os.fsync(log.fileno())
+                    durable.sync(log)
                     checkpoint.save(net, optimizer, out, state, config)
             except (FloatingPointError, RuntimeError, MemoryError) as error:
                 raise stops.explain(error, step, units, config, out) from error

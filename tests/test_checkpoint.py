@@ -105,7 +105,7 @@ def test_a_save_that_fails_says_what_it_needs_and_keeps_older_ones(tmp_path, mon
     checkpoint.save(net, optimizer, tmp_path, {"step": 1}, settings)
     monkeypatch.setattr(os, "fsync", lambda handle: os.stat("/missing"))
     net.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"step-2 failed.*needs 0.0\d\d MB|needs 0.\d MB"):
+    with pytest.raises(ValueError, match=r"step-2 failed.*needs 0.\d MB"):
         checkpoint.save(net, optimizer, tmp_path, {"step": 2}, settings)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
 
@@ -185,6 +185,14 @@ def test_a_run_folder_in_use_is_refused(run, base, files, capsys):
     with checkpoint.locked(run):
         told = refusal(capsys, *command(base, files, run, "--resume", "true"))
     assert "is in use by another run" in told
+
+
+def test_a_run_that_began_meanwhile_is_not_overwritten(run, base, files, monkeypatch, capsys):
+    """Red: train.py:train: `run_folder(replace(config, out=str(out)))` -> `pass`"""
+    hidden = run.rename(run.parent / "hidden")
+    load = train.adapted
+    monkeypatch.setattr(train, "adapted", lambda *a: hidden.rename(run) and load(*a))
+    assert "holds a run already" in refusal(capsys, *command(base, files, run))
 
 
 def test_leftovers_of_a_killed_run_are_swept(run):

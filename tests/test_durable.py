@@ -88,10 +88,15 @@ def test_a_call_that_fails_leaves_the_old_folder_and_nothing_aside(tmp_path, mon
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    """Red: durable.py:write: `part.unlink(missing_ok=True)` -> `pass`"""
+    """Red: durable.py:write: `part.unlink(missing_ok=True)` -> `pass`
+    Red: durable.py:named: `error.strerror, str(path)` -> `error.strerror`
+    Red: durable.py:sync: `with named(path)` -> `with contextlib.nullcontext()`"""
+    def fsync(_):
+        raise OSError(5, "Input/output error")
+
     durable.write(tmp_path / "x", b"old")
-    monkeypatch.setattr(os, "fsync", lambda handle: os.stat("/missing"))
-    with pytest.raises(OSError, match="missing"):
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="error: .*tmp-x-"):
         durable.write(tmp_path / "x", b"new")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "old")]
 
@@ -153,6 +158,32 @@ def test_sweeping_takes_only_what_a_process_left_aside(tmp_path):
     durable.sweep(tmp_path / "missing")
     assert {p.name for p in tmp_path.iterdir()} == {*mine, "tmp-link-5"}
     assert (tmp_path / "step-1/file").exists()
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
+    """Red: durable.py:write: `with named(path)` -> `with contextlib.nullcontext()`
+    Red: durable.py:folder: `with named(final)` -> `with contextlib.nullcontext()`
+    Red: durable.py:append: `with named(path), ` -> `with `"""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="space.*step-1"), durable.folder(tmp_path / "step-1"):
+        full()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="space.*/x'"):
+        durable.write(tmp_path / "x", b"new")
+    with pytest.raises(OSError, match="space.*/dev/full"):
+        durable.append(Path("/dev/full"), "line")
+
+
+def test_digests_need_no_thread(tmp_path, monkeypatch):
+    """Red: durable.py:digests: `except RuntimeError` -> `except KeyError`"""
+    def start(*_):
+        raise RuntimeError("can't start new thread")
+
+    (tmp_path / "a").write_text("abc")
+    monkeypatch.setattr(durable.ThreadPoolExecutor, "submit", start)
+    assert durable.digests([tmp_path / "a"])[0].startswith("ba7816bf8f01")
 
 
 def test_digests_are_sha_256_in_the_order_of_the_files(tmp_path):

@@ -154,6 +154,24 @@ def test_the_command_prints_the_numbers_of_every_file(base, adapted, files, tmp_
     assert f"  {'correct':<20} 0.5000 of 2 questions\n" in told
 
 
+def test_five_hundred_log_probs_of_a_bfloat16_model_are_added_in_float32():
+    """One by one in bfloat16 they would be off by a fiftieth.
+    Red: evaluate.py:score: `Scores(token_logps.sum(-1)` -> `Scores(token_logps.bfloat16().sum(-1)`
+    Red: evaluate.py:score: `batch.response_mask)[0].sum` -> `batch.response_mask)[0].bfloat16().sum`
+    """
+    net = tiny.transformer(dtype=torch.bfloat16, max_position_embeddings=600)
+    lora.inject(net, 2, 4.0)
+    row = tokens.Encoded([i % 20 + 3 for i in range(503)], 3, 1.0, "sft", "f:1", ())
+    scores = evaluate.score(net, tokens.collate([row]), reference=True)
+    exact = scores.token_logps.double().sum(-1)
+    torch.testing.assert_close(scores.logps.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scores.ref_logps.double(), exact, rtol=1e-6, atol=0)
+    wrong = torch.tensor(0.0, dtype=torch.bfloat16)
+    for logp in scores.token_logps[0].bfloat16():
+        wrong += logp
+    assert abs(wrong.double() / exact - 1) > 0.02
+
+
 def test_measuring_is_exact_in_float64():
     """A bit of rounding would show: u = beta (logps - ref_logps) of one row, alone.
     Red: losses.py:implicit_reward: `(logps - ref_logps)` -> `(logps - ref_logps).float()`"""
