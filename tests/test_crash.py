@@ -68,7 +68,7 @@ def test_a_save_that_syncs_everything_before_its_rename_has_no_complaints():
     Red: tests/crash/trace.py:history: `del found[path]` -> `pass`
     Red: tests/crash/trace.py:complaints: `or "/tmp-" in` -> `or "/none-" in`"""
     assert complaints(SAVE) == []
-    assert [c.name for c in trace.calls("\n".join(SAVE)) if c.pid == 8] == ["write"]
+    assert [c.result for c in trace.calls("\n".join(SAVE)) if c.pid == 8] == ["9"]
     assert trace.checkpoints(trace.calls("\n".join(SAVE)), points.Path(OUT)) == ["step-2"]
 
 
