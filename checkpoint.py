@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +62,14 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
+def check_room(net: nn.Module, out: Path) -> None:
+    """ValueError where the disk has not even room for one checkpoint: weights and two moments."""
+    need = 3 * sum(p.nbytes for p in net.parameters() if p.requires_grad)
+    if (free := shutil.disk_usage(out).free) < need:
+        raise ValueError(f"--out {out}: a checkpoint takes {need / 1e6:.2f} MB, the disk has "
+                         f"{free / 1e6:.2f} MB free: make room, or choose another disk")
+
+
 def steps(out: Path) -> list[Path]:
     """The folders of out/checkpoints, by step; whatever else lies there is not ours."""
     found = [p for p in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
@@ -90,7 +99,7 @@ def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dic
             durable.remove(old)
     except OSError as error:
         need = sum(t.nbytes for t in (trained | tensors).values()) / 1e6
-        raise ValueError(f"saving {final} failed: {error}; it needs {need:.1f} MB. Older "
+        raise ValueError(f"saving {final} failed: {error}; it needs {need:.2f} MB. Older "
                          "checkpoints are whole: mend the disk and give --resume true") from error
 
 

@@ -52,6 +52,7 @@ class Config:
     sample_tokens: int = flag(48, "length of the three samples, and of answers to --test")
     save_every: int = flag(500, "steps between checkpoints; 0: only one, at the end")
     keep: int = flag(2, "newest checkpoints kept, 2 or more")
+    timeout: float = flag(600.0, "seconds that one of several processes waits for another")
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
     reference_cache: str = flag("", "DIR that keeps log-probs of the reference between runs")
     seed: int = flag(0, "of adapters, order, dropout and what is held out")
@@ -65,7 +66,8 @@ class Config:
             ("0 to below 1/2", lambda x: 0 <= x < 0.5, "label_smoothing"),
             ("2 or more", lambda x: x > 1, "max_length keep"),
             ("a number above 0", lambda x: 0 < x < math.inf,
-             "beta epochs batch_size micro_batch_tokens lora_r lora_alpha max_grad_norm"),
+             "beta epochs batch_size micro_batch_tokens lora_r lora_alpha max_grad_norm "
+             "timeout"),
             ("0 or more", lambda x: 0 <= x < math.inf, "lr steps held_out seed sample_tokens "
              "save_every weight_decay desirable_weight undesirable_weight orpo_weight simpo_gamma"),
             ("LOW,HIGH with LOW < HIGH", lambda x: len(x) == 2 and x[0] < x[1], "score_range"))

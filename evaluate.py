@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import config
 import data
 import lora
 import losses
 import model
 import questions
+import reference
 import tokens
+from config import Config, check_device
 
 
 class Scores(NamedTuple):
@@ -78,6 +79,25 @@ def pair_starts(units: Sequence[Sequence]) -> list[int]:
     return [row for row, place in enumerate(places) if place == (0, 2)]
 
 
+def reference_point(net: model.Transformer, units: list, config: Config) -> tuple[Tensor, list]:
+    """KTO's z0 from mismatched rows of the whole step, no gradient; 0 for every other loss.
+
+    Also the units: z0's reference pass is theirs as well, and runs each prompt once.
+    """
+    rows = [e for unit in units for e in unit]
+    others = tokens.mismatch(rows) if config.loss == "kto" else []
+    if not others:
+        return torch.zeros((), device=next(net.parameters()).device), units
+    filled = reference.fill(net, list(zip(rows, others, strict=True)), {},
+                            config.micro_batch_tokens)
+    groups = tokens.micro_batches([[other] for _, other in filled], config.micro_batch_tokens)
+    with torch.no_grad():
+        found = [score(net, tokens.collate([e for e, in group]), reference=True)
+                 for group in groups]
+    logps, ref_logps = (torch.cat([f[i] for f in found]) for i in (0, 1))
+    return losses.kto_z0(logps, ref_logps), [(row,) for row, _ in filled]
+
+
 @torch.no_grad()
 def held_out(
     net: model.Transformer, units: Sequence[Sequence[tokens.Encoded]], beta: float, budget: int
@@ -125,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     args = parser.parse_args(argv)
     try:
-        config.check_device(args.device)
+        check_device(args.device)
         folder = model.resolve(args.model)
         chat = tokens.Chat(folder, args.template, args.adapter)
         net = model.load(folder, getattr(torch, args.dtype), args.device).eval()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 import report
 from config import Config
 
@@ -27,7 +28,8 @@ def signals() -> Iterator[list[int]]:
         caught.append(number)
         for kind in kinds:
             signal.signal(kind, before[kind])  # so that a second one acts
-        print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
+        if not parallel.rank():
+            print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
 
     here = threading.current_thread() is threading.main_thread()  # others may not set handlers
     try:
@@ -40,9 +42,10 @@ def signals() -> Iterator[list[int]]:
 
 
 def explain(error: Exception, step: int, units: list, config: Config, out: Path) -> Exception:
-    """What a user is told when a step fails: numbers or memory; other errors are ours."""
+    """What a user is told when a step fails: numbers, memory, a dead process; else it is ours."""
     if isinstance(error, FloatingPointError):
-        report.write_lines(out / "bad_batch.jsonl", [asdict(e) for unit in units for e in unit])
+        if not parallel.rank():
+            report.write_lines(out / "bad_batch.jsonl", [asdict(e) for u in units for e in u])
         return ValueError(f"step {step + 1}: {error}. Usual causes: --lr {config.lr} too high, "
                           f"damaged weights. The batch is saved in {out / 'bad_batch.jsonl'}")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
@@ -50,4 +53,4 @@ def explain(error: Exception, step: int, units: list, config: Config, out: Path)
             f"out of memory at step {step + 1}. Try in this order: --micro_batch_tokens "
             f"{config.micro_batch_tokens // 2}, --gradient_checkpointing true, --dtype bfloat16, "
             f"--max_length {config.max_length // 2}")
-    return error
+    return parallel.told(error, f"at step {step + 1}", config.timeout)

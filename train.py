@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 import checkpoint
 import durable
@@ -31,6 +31,7 @@ import losses
 import mixture
 import model
 import page
+import parallel
 import reference
 import report
 import stops
@@ -52,25 +53,6 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     return config.lr * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) / 2
 
 
-def reference_point(net: model.Transformer, units: list, config: Config) -> tuple[Tensor, list]:
-    """KTO's z0 from mismatched rows of the whole step, no gradient; 0 for every other loss.
-
-    Also the units: z0's reference pass is theirs as well, and runs each prompt once.
-    """
-    rows = [e for unit in units for e in unit]
-    others = tokens.mismatch(rows) if config.loss == "kto" else []
-    if not others:
-        return torch.zeros((), device=next(net.parameters()).device), units
-    filled = reference.fill(net, list(zip(rows, others, strict=True)), {},
-                            config.micro_batch_tokens)
-    groups = tokens.micro_batches([[other] for _, other in filled], config.micro_batch_tokens)
-    with torch.no_grad():
-        found = [evaluate.score(net, tokens.collate([e for e, in group]), reference=True)
-                 for group in groups]
-    logps, ref_logps = (torch.cat([f[i] for f in found]) for i in (0, 1))
-    return losses.kto_z0(logps, ref_logps), [(row,) for row, _ in filled]
-
-
 def train_step(
     net: model.Transformer, optimizer: torch.optim.Optimizer, units: list, config: Config,
     rate: float,
@@ -81,24 +63,25 @@ def train_step(
     micro-batches. FloatingPointError before the update if loss or gradient is not finite.
     """
     objective, device = LOSSES[config.loss], next(net.parameters()).device
-    z0, units = reference_point(net, units, config)
+    z0, units = evaluate.reference_point(net, units, config)
     rows = [e for unit in units for e in unit]
     tokens_per_row = sum(len(e.ids) - e.prompt_len for e in rows) / len(rows)
-    shares, parts, kinds, starts = [], [], [], []
-    for group in tokens.micro_batches(units, config.micro_batch_tokens):
+    found, (groups, own, before) = [], parallel.turns(units, config.micro_batch_tokens)
+    for number, group in enumerate(groups):
         batch = tokens.collate([e for unit in group for e in unit])
         scores = evaluate.score(net, batch, objective.reference, config.gradient_checkpointing)
         rewards = batch.rewards.to(device, non_blocking=True)
-        share = objective.loss(Terms(*scores, rewards, batch.kinds, z0, tokens_per_row,
-                                     config)).sum() / len(units)
-        share.backward()
-        shares.append(share.detach())
-        starts += [len(kinds) + i for i in evaluate.pair_starts(group)]
-        kinds += batch.kinds
-        parts.append((scores.logps.detach(), scores.ref_logps, batch.rewards))
+        each = objective.loss(Terms(*scores, rewards, batch.kinds, z0, tokens_per_row, config))
+        (each.sum() * float(number < own) / len(units)).backward()
+        each = F.pad(each, (0, len(rewards) - len(each)))  # pairs have half as many as rows
+        found.append(torch.stack([x for x in (each, *scores[:2]) if x is not None]).detach())
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if lost := [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]:
+        raise FloatingPointError(f"{len(lost)} adapter tensors get no gradient, first {lost[0]}")
+    parallel.sum_gradients(trained)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-    loss = torch.stack(shares).sum().item()  # only kto has waited for the device till now
+    each, logps, *refs = parallel.together(torch.cat(found[:own], 1), before, len(rows))
+    loss = each.sum().item() / len(units)  # only kto has waited for the device till now
     if not math.isfinite(loss) or not norm.isfinite():
         bad = [n for n, p in net.named_parameters()
                if p.grad is not None and not p.grad.isfinite().all()]
@@ -109,10 +92,10 @@ def train_step(
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    logps, refs, rewards = zip(*parts, strict=True)
-    refs = torch.cat(refs).cpu() if objective.reference else None
+    rewards = torch.tensor([e.reward for e in rows])
     return {"loss": loss, "grad_norm": norm.item(), "learning_rate": rate} | evaluate.measure(
-        torch.cat(logps).cpu(), refs, torch.cat(rewards).cpu(), kinds, starts, config.beta)
+        logps.cpu(), refs[0].cpu() if refs else None, rewards, [e.kind for e in rows],
+        evaluate.pair_starts(units), config.beta)
 
 
 @torch.no_grad()
@@ -169,35 +152,44 @@ def open_chat(config: Config, folder: Path) -> tokens.Chat:
 
 def adapted(config: Config, folder: Path) -> tuple[model.Transformer, torch.optim.Optimizer]:
     """The frozen model with fresh adapters, and the optimizer that trains them."""
-    net = model.load(folder, getattr(torch, config.dtype), config.device)
+    several = parallel.size() > 1
+    net = model.load(folder, getattr(torch, config.dtype), "cpu" if several else config.device)
     torch.manual_seed(config.seed)
     targets = "all-linear" if config.lora_targets == ("all-linear",) else config.lora_targets
     lora.inject(net, config.lora_r, config.lora_alpha, targets, config.lora_dropout)
+    if several:
+        parallel.shard(net, config.device)
     return net, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad],
                                   lr=config.lr, weight_decay=config.weight_decay)
 
 
 def train(config: Config) -> Path:
     """A whole run; returns its folder.   ValueError for whatever a user can set right."""
+    config = replace(config, device=parallel.start(config))
     check_device(config.device)
     folder, out = model.resolve(config.model), run_folder(config)
     chat, tests = open_chat(config, folder), exam.read_tests(config)
     files, *loaded = mixture.load_data(config, chat, LOSSES[config.loss].reads)
+    inputs = checkpoint.inputs(config, folder, model.weight_files(folder))
+    parallel.agree(inputs | {"arguments": repr(replace(config, device="", out=str(out))),
+                             "torch": torch.__version__}, config.device)
     kept = LOSSES[config.loss].reference and reference.store(config, folder)
     net, optimizer = adapted(config, folder)
-    with checkpoint.locked(out):
-        run_folder(replace(config, out=str(out)))  # another run may have been here meanwhile
-        run(net, optimizer, chat, folder, out, config, tests, files, loaded, kept)
+    with checkpoint.locked(out) if not parallel.rank() else contextlib.nullcontext():
+        if not parallel.rank():
+            run_folder(replace(config, out=str(out)))  # another run may have been here meanwhile
+            checkpoint.check_room(net, out)
+        run(net, optimizer, chat, folder, out, config, tests, files, loaded, kept, inputs)
     return out
 
 
 def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.Chat, folder: Path,
-        out: Path, config: Config, tests: dict, files: list, loaded: list, kept: tuple) -> None:
+        out: Path, config: Config, tests: dict, files: list, loaded: list, kept: tuple,
+        inputs: dict) -> None:
     """Begins or goes on, trains, and measures before and after: all that writes into `out`."""
     began, (weights, held, told, dropped, size) = time.perf_counter(), loaded
     steps = config.steps or math.ceil(config.epochs * size / config.batch_size)
-    state = {"step": 0, "num_tokens": 0, "place": (0, 0),
-             "inputs": checkpoint.inputs(config, folder, model.weight_files(folder))}
+    state = {"step": 0, "num_tokens": 0, "place": (0, 0), "inputs": inputs}
     print(report.header(net, config, told, len(dropped), steps, out))
     print("".join(f"test    {name}: {len(asked)} questions\n" for name, asked in tests.items()),
           end="")
@@ -205,12 +197,14 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
         state, notes = checkpoint.resume(net, optimizer, out, config, state)
         print("\n".join(f"resume  {n}" for n in [
             *notes, f"after step {state['step']}, {state['num_tokens']} tokens seen"]))
-    else:
+    elif not parallel.rank():
         report.write_json(out / "config.json", asdict(config))
-    if not state["step"]:
-        report.write_lines(out / "dropped.jsonl", dropped)
-    report.keep_lines(out / "dropped.jsonl")
-    batches = mixture.stream(files, weights, config, state["place"], out / "dropped.jsonl")
+    listed = None if parallel.rank() else out / "dropped.jsonl"
+    if listed and not state["step"]:
+        report.write_lines(listed, dropped)
+    elif listed:
+        report.keep_lines(listed)
+    batches = mixture.stream(files, weights, config, state["place"], listed)
     batches = reference.through(net, batches, *kept) if kept else batches
     first, _ = next(mixture.stream(files, weights, config))
     print(report.example(first[0][0], chat))
@@ -223,10 +217,12 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
         before = exam.examine(net, chat, asked)
     with contextlib.closing(batches):
         run_steps(net, optimizer, batches, state, steps, size, config, out)
+    results = exam.compare(before, exam.examine(net, chat, asked))
+    if parallel.rank():
+        return
     with durable.folder(out / "adapter") as part:
         lora.save(net, part, config.model)
         chat.save(part)
-    results = exam.compare(before, exam.examine(net, chat, asked))
     results |= {"verdict": report.verdict(results["held_out"]["after"], results["tests"]),
                 "seconds": time.perf_counter() - began}
     report.write_json(out / "results.json", results)
@@ -243,7 +239,8 @@ def run_steps(
     stops.Stopped after a signal, behind a checkpoint. Dropout is drawn from seed and step.
     """
     log, start, began = out / "metrics.jsonl", state["step"], time.perf_counter()
-    report.keep_lines(log, start)
+    if first := not parallel.rank():
+        report.keep_lines(log, start)
     with report.progress(steps, start) as bar, stops.signals() as caught:
         for step in range(start, steps):
             clock, units, rate = time.perf_counter(), [], learning_rate(step, steps, config)
@@ -259,18 +256,20 @@ def run_steps(
                     "epoch": (step + 1) * config.batch_size / size,
                     "tokens_per_s": count / (now - clock),
                     "mem_mib": report.memory_mib(config.device)}
-                durable.append(log, json.dumps(metrics) + "\n")
+                if first:
+                    durable.append(log, json.dumps(metrics) + "\n")
                 left = (now - began) / (step + 1 - start) * (steps - step - 1)
                 report.step(bar, metrics, steps, left)
-                every = config.save_every or steps
-                if step + 1 == steps or (step + 1) % every == 0 or caught:
+                due = (step + 1) % (config.save_every or steps) == 0 or step + 1 == steps
+                number = parallel.largest(max(caught, default=0), config.device)
+                if first and (due or number):
                     durable.sync(log)
                     checkpoint.save(net, optimizer, out, state, config)
             except (FloatingPointError, RuntimeError, MemoryError) as error:
                 raise stops.explain(error, step, units, config, out) from error
-            if caught:
+            if number:
                 raise stops.Stopped(f"stopped after step {step + 1} of {steps}, which is saved; go "
-                                    f"on with the same flags, --out {out} --resume true", caught[0])
+                                    f"on with the same flags, --out {out} --resume true", number)
 
 
 def demo_flags() -> list[str]:
@@ -291,12 +290,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_flags(argv, names)
     try:
         train(config)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError, RuntimeError) as error:
+        known = parallel.told(error, "before or after training", config.timeout)
+        if isinstance(known, RuntimeError):
+            raise
+        parallel.fail(str(known), 2)
     except stops.Stopped as stop:
-        print(f"train.py: {stop.args[0]}", file=sys.stderr)
-        sys.exit(128 + stop.args[1])
+        parallel.fail("" if parallel.rank() else stop.args[0], 128 + stop.args[1])
     except KeyboardInterrupt:
         print("train.py: stopped; --out RUN --resume true goes on from its newest checkpoint",
               file=sys.stderr)

@@ -157,8 +157,7 @@ def test_the_command_prints_the_numbers_of_every_file(base, adapted, files, tmp_
 def test_five_hundred_log_probs_of_a_bfloat16_model_are_added_in_float32():
     """One by one in bfloat16 they would be off by a fiftieth.
     Red: evaluate.py:score: `Scores(token_logps.sum(-1)` -> `Scores(token_logps.bfloat16().sum(-1)`
-    Red: evaluate.py:score: `batch.response_mask)[0].sum` -> `batch.response_mask)[0].bfloat16().sum`
-    """
+    Red: evaluate.py:score: `mask)[0].sum` -> `mask)[0].bfloat16().sum`"""
     net = tiny.transformer(dtype=torch.bfloat16, max_position_embeddings=600)
     lora.inject(net, 2, 4.0)
     row = tokens.Encoded([i % 20 + 3 for i in range(503)], 3, 1.0, "sft", "f:1", ())

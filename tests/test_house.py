@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (("architecture", "backward", "durable", "peft_folder", "strict"), ("packing",),
           ("losses", "policy_gradients", "data", "tokens", "lora", "model", "config"),
           ("lines", "objectives", "report"),
-          ("generate", "checkpoint", "parallel", "mixture", "page", "reference", "stops"),
-          ("questions", "rollouts"), ("evaluate",), ("exam",), ("train",))
+          ("generate", "checkpoint", "parallel", "mixture", "page", "reference"),
+          ("questions", "rollouts", "stops"), ("evaluate",), ("exam",), ("train",))
 CAPS = {
     "losses.py": 280, "policy_gradients.py": 250, "data.py": 340, "tokens.py": 300, "lora.py": 230,
     "peft_folder.py": 110, "architecture.py": 110, "backward.py": 330, "packing.py": 120,
     "model.py": 330, "config.py": 120, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,
-    "checkpoint.py": 175, "durable.py": 160, "stops.py": 70, "objectives.py": 90, "strict.py": 120,
-    "report.py": 175, "parallel.py": 120, "mixture.py": 100, "lines.py": 110, "reference.py": 115,
+    "checkpoint.py": 175, "durable.py": 160, "stops.py": 60, "objectives.py": 90, "strict.py": 120,
+    "report.py": 175, "parallel.py": 135, "mixture.py": 100, "lines.py": 110, "reference.py": 115,
     "page.py": 240, "questions.py": 175, "rollouts.py": 190, "train.py": 360, "README.md": 150}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")

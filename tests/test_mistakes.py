@@ -204,7 +204,7 @@ def test_out_of_memory_names_the_step_and_what_to_try(error, place, capsys, monk
 
 
 def test_an_error_of_ours_keeps_its_traceback(place, monkeypatch):
-    """Red: stops.py:explain: `return error` -> `return ValueError("something failed")`"""
+    """Red: stops.py:explain: `return parallel.told(error, ` -> `return ValueError(`"""
     def train_step(*_):
         raise RuntimeError("shapes differ")
 
@@ -232,7 +232,7 @@ def test_a_run_is_neither_overwritten_nor_continued_otherwise(flags, words, plac
 
 
 def test_the_batch_that_broke_a_run_is_saved_with_its_rows(place):
-    """Red: stops.py:explain: `for e in unit]` -> `for e in unit[1:]]`"""
+    """Red: stops.py:explain: `for e in u]` -> `for e in u[1:]]`"""
     with pytest.raises(SystemExit):
         train.main(command(place, "train", "--lr 1e30"))
     rows = (place / "run/bad_batch.jsonl").read_text("utf-8").splitlines()

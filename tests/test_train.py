@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import config
+import evaluate
 import generate
 import lora
 import model
@@ -87,19 +88,19 @@ def run(base, file, out, *more):
 @LOSSES
 def test_micro_batches_change_no_gradient(loss):
     """One forward pass or one a unit: the same sum, token mean and z0 of the whole step.
-    Red: train.py:train_step: `.sum() / len(units)` -> `.mean()`
+    Red: train.py:train_step: `each.sum() * float(` -> `each.mean() * float(`
     Red: train.py:train_step: `tokens_per_row, config)` -> `None, config)`
-    Red: train.py:reference_point: `torch.cat([f[i] for f in found])` -> `found[0][i]`"""
+    Red: evaluate.py:reference_point: `torch.cat([f[i] for f in found])` -> `found[0][i]`"""
     units = units_of(loss)
     if loss == "kto":
-        assert train.reference_point(policy(), units, settings(loss))[0] > 0.05
+        assert evaluate.reference_point(policy(), units, settings(loss))[0] > 0.05
     close(gradient(loss, units, micro_batch_tokens=1), gradient(loss, units))
 
 
 @LOSSES
 def test_the_order_of_units_in_a_step_changes_no_gradient(loss):
     """kto's z0 pairs each prompt with the next row's response, so only turns leave it alone.
-    Red: train.py:train_step: `micro_batches(units, ` -> `micro_batches(units[:-1], `
+    Red: train.py:train_step: `turns(units, ` -> `turns(units[:-1], `
     Red: tokens.py:mismatch: `(*rows[i + 1:], *rows[:i])` -> `rows[i + 1:]`"""
     units = units_of(loss)
     other = units[2:] + units[:2] if loss == "kto" else units[::-1]
@@ -117,7 +118,7 @@ def test_each_row_is_pulled_to_its_own_reward(loss):
 
 def test_a_mixture_pulls_as_its_parts_weighted_by_their_rows():
     """grad = n_s / n grad_sft + n_a / n grad_align, for 3 demonstrations and 6 scores.
-    Red: train.py:train_step: `.sum() / len(units)` -> `.sum() / 6**0.5`"""
+    Red: train.py:train_step: `< own) / len(units)` -> `< own) / 6**0.5`"""
     scores, demos = units_of("uft"), [(encoded(i, i, 1.0, "sft"),) for i in (7, 8, 9)]
     parts = 3 / 9 * gradient("uft", demos) + 6 / 9 * gradient("uft", scores)
     close(gradient("uft", [*scores, *demos]), parts)
@@ -136,9 +137,9 @@ def test_base_weights_never_move():
 @LOSSES
 def test_the_logged_loss_is_the_optimised_loss(loss, monkeypatch):
     """Its slope along the gradient, by central differences, is the gradient's norm.
-    Red: train.py:train_step: `torch.stack(shares)` -> `torch.stack(shares[1:])`
+    Red: train.py:train_step: `each.sum().item()` -> `each[1:].sum().item()`
     Red: train.py:train_step: `"grad_norm": norm.item()` -> `"grad_norm": 1.0`"""
-    monkeypatch.setattr(train, "reference_point", lambda _, units, __: (torch.tensor(0.1), units))
+    monkeypatch.setattr(evaluate, "reference_point", lambda _, units, __: (torch.tensor(.1), units))
     setup, logged = settings(loss, micro_batch_tokens=1), []
     metrics, update = step(policy(), units_of(loss), setup)
     for h in (-1e-5, 1e-5):
@@ -147,6 +148,15 @@ def test_the_logged_loss_is_the_optimised_loss(loss, monkeypatch):
         vector_to_parameters(moved.detach(), trained(net))
         logged.append(step(net, units_of(loss), setup, rate=0.0)[0]["loss"])
     assert (logged[0] - logged[1]) / 2e-5 == pytest.approx(metrics["grad_norm"], rel=1e-6)
+
+
+def test_an_adapter_without_a_gradient_stops_the_run_by_name():
+    """One that no forward pass meets, as where checkpointing cuts the graph.
+    Red: train.py:train_step: `p.requires_grad and p.grad is None` -> `False`"""
+    net = policy()
+    net.unused = lora.LoRALinear(net.lm_head, 2, 1.0, 0.0)
+    with pytest.raises(FloatingPointError, match="2 adapter tensors get no .* unused.lora_A"):
+        step(net, units_of("uft"), settings())
 
 
 def test_the_learning_rate_climbs_in_a_line_and_falls_in_half_a_cosine():
