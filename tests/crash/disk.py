@@ -124,7 +124,7 @@ def filled(place: points.Place) -> list[str]:
             while True:
                 out.write(bytes(4096))
 
-    with mounted(small, "size=40m"):
+    with mounted(small, "size=100m"):
         job = place.job() | {"argv": trial.flags(place.root, small / "run", "--save_every", "7")}
         wrong = fails(place, job, small / "run", False, fill)
         (small / "filler").unlink()

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from . import points, start, trial
 
-SPAN = 0.7  # seconds after the first step within which a kill falls
-EARLY = 0.25  # share of kills while the run starts or resumes
+SPAN = 0.9  # seconds after the first step within which a kill falls
+EARLY = 0.15  # share of kills while the run starts or resumes
+AIMED = 0.35  # share that waits, after its random time, until a save has begun
 REAL = 0.04  # share of starts as `python train.py`, whose imports take seconds
 
 
@@ -38,6 +39,10 @@ def kill(way: start.Warm | start.Real, out: Path, draw: random.Random) -> int | 
         while seen() == began and code is None and time.monotonic() < deadline:
             code = way.wait(0.002)
         code = way.wait(draw.uniform(0, SPAN)) if code is None else code
+        if draw.random() < AIMED and code is None:
+            before = trial.unfinished(out)
+            trial.wait(lambda: trial.unfinished(out) - before, 1)
+            code = way.wait(draw.uniform(0, 0.05))
     if code is None and (code := way.wait(0)) is None:
         os.kill(way.pid, signal.SIGKILL)
         code = start.finish(way)

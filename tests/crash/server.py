@@ -108,8 +108,9 @@ def main() -> None:
     for line in sys.stdin:
         if not (pid := os.fork()):
             child(json.loads(line))
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody listens any more
+            print(pid, flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":
