@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def plant(faults: list[dict]) -> None:
-    """Each fault is {"call", "when", "fault", "path"}: the when-th call of os.CALL that names path.
+    """Each fault is {"call", "when", "fault", "path"}: the when-th call of os.CALL on the path.
 
-    Or that has it open; fault is "KILL" or the name of an errno, and "path" a part of a path.
+    CALL is fsync, mkdir, rename or replace, path a part of one, fault "KILL" or an errno's name.
     """
     for fault in faults:
         setattr(os, fault["call"], spoiled(getattr(os, fault["call"]), fault))
@@ -30,7 +30,8 @@ def spoiled(call: Callable, fault: dict) -> Callable:
     """os.CALL that fails, or kills the process, the when-th time that it is used on the path."""
     left = fault["when"]
 
-    def broken(target, *rest, **named):
+    def broken(target, other=None):
+        """The call itself, but for the one time."""
         nonlocal left
         left -= fault["path"] in place(target)
         if left == 0:
@@ -39,7 +40,7 @@ def spoiled(call: Callable, fault: dict) -> Callable:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(getattr(errno, fault["fault"]), os.strerror(
                 getattr(errno, fault["fault"])), place(target))
-        return call(target, *rest, **named)
+        return call(target) if other is None else call(target, other)
 
     return broken
 

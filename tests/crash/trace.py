@@ -62,7 +62,6 @@ def calls(text: str) -> list[Call]:
 class Entry(NamedTuple):
     """What a path has been through, by the places of calls in the trace; -1: never."""
 
-    made: int = -1
     changed: int = -1  # written, or for a folder: an entry made, renamed or removed
     synced: int = -1
 
@@ -71,8 +70,8 @@ def history(trace: list[Call], stop: int) -> dict[str, Entry]:
     """{path: Entry} after the first `stop` calls. A rename takes what is known along."""
     found = {}
 
-    def touch(path, **changes):
-        found[path] = found.get(path, Entry())._replace(**changes)
+    def touch(path, part, i):
+        found[path] = found.get(path, Entry())._replace(**{part: i})
 
     for i, call in enumerate(trace[:stop]):
         paths = call.paths()
@@ -80,24 +79,23 @@ def history(trace: list[Call], stop: int) -> dict[str, Entry]:
             continue
         parent = str(Path(paths[-1]).parent)
         if call.name in MAKES and (call.name.startswith("mkdir") or "O_CREAT" in call.args):
-            known = paths[-1] in found
-            touch(paths[-1], **({} if known else {"made": i}), changed=i)
-            if not known:
-                touch(parent, changed=i)
+            if paths[-1] not in found:
+                touch(parent, "changed", i)
+            touch(paths[-1], "changed", i)
         elif call.name in WRITES:
-            touch(paths[0], changed=i)
+            touch(paths[0], "changed", i)
         elif call.name in SYNCS:
-            touch(paths[0], synced=i)
+            touch(paths[0], "synced", i)
         elif call.name in RENAMES:
             moved = {p: e for p, e in found.items() if Path(p).is_relative_to(paths[0])}
             for path, entry in moved.items():
                 del found[path]
                 found[str(paths[-1] / Path(path).relative_to(paths[0]))] = entry
-            touch(str(Path(paths[0]).parent), changed=i)
-            touch(parent, changed=i)
+            touch(str(Path(paths[0]).parent), "changed", i)
+            touch(parent, "changed", i)
         elif call.name in REMOVES:
             found.pop(paths[0], None)
-            touch(parent, changed=i)
+            touch(parent, "changed", i)
     return found
 
 
