@@ -94,7 +94,7 @@ def on_tmpfs(place: points.Place, options: str, more: str, save: bool = True) ->
     small = place.root / "small"
     with mounted(small, options):
         out = small / "run"
-        job = place.job() | {"argv": trial.flags(place.root, out, *points.SHORT)}
+        job = place.job() | {"argv": trial.flags(place.root, out, points.SHORT)}
         wrong = fails(place, job, out, save)
         remount(small, more)
         return wrong + mends(place, job, out)
@@ -125,7 +125,7 @@ def filled(place: points.Place) -> list[str]:
                 out.write(bytes(4096))
 
     with mounted(small, "size=100m"):
-        job = place.job() | {"argv": trial.flags(place.root, small / "run", "--save_every", "7")}
+        job = place.job() | {"argv": trial.flags(place.root, small / "run", ("--save_every", "7"))}
         wrong = fails(place, job, small / "run", False, fill)
         (small / "filler").unlink()
         return wrong + mends(place, job, small / "run", "quiet")

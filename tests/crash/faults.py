@@ -71,7 +71,9 @@ def record(trace: str) -> None:
         told(f"fsync(3<{path}>)")
 
     def renaming(real):
+        """os.rename or os.replace, told."""
         def rename(source, target):
+            """Tells first what has changed since its fsync."""
             source, target = place(source), place(target)
             for path in map(str, [*Path(source).rglob("*"), source]):
                 made(path)

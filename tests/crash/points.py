@@ -39,7 +39,7 @@ class Place(NamedTuple):
     root: Path
 
     def flags(self, name: str) -> list[str]:
-        return trial.flags(self.root, self.root / name, *SHORT)
+        return trial.flags(self.root, self.root / name, SHORT)
 
     def job(self, torn: bool = False) -> dict:
         return {"argv": self.flags("run") + ["--resume", "true"] * torn,

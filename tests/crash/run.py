@@ -56,7 +56,7 @@ def trial_run(warm: start.Warm, root: Path, draw: random.Random, kills: int, tal
     shutil.rmtree(out, ignore_errors=True)
     for file in (rows, log):
         file.unlink(missing_ok=True)
-    wrong, code, left, flags = [], None, kills, trial.flags(root, out, *flags)
+    wrong, code, left, flags = [], None, kills, trial.flags(root, out, flags)
     while code != 0:
         more = ["--resume", "true"] if (out / "config.json").exists() else []
         way = start.Real() if draw.random() < REAL else warm
@@ -85,7 +85,7 @@ def quiet(warm: start.Warm, root: Path, flags: tuple[str, ...] = ()) -> list[str
     """The runs that nobody disturbs: a forked one, and `python train.py`, which must agree."""
     log = str(root / "quiet.log")
     for way, name in ((warm, "quiet"), (start.Real(), "real")):
-        code = start.go(way, {"argv": trial.flags(root, root / name, *flags), "log": log,
+        code = start.go(way, {"argv": trial.flags(root, root / name, flags), "log": log,
                               "rows": str(root / "quiet.rows")})
         if code:
             return [f"the quiet run ended with {code}, see {log}"]
