@@ -96,7 +96,7 @@ def test_a_number_that_is_not_finite_stops_its_own_step_before_the_update(
 def test_the_embedding_of_a_rare_token_gone_bad_is_found_in_the_step_that_reads_it(
         base, files, tmp_path, capsys):
     """One row of 40 holds it: steps before it are sound, and the message names its line.
-    Red: train.py:train_step: `not math.isfinite(loss) or` -> `not math.isfinite(loss) and`"""
+    Red: train.py:train_step: `raise FloatingPointError(f"loss` -> `print(f"loss`"""
     rows = [json.loads(line) for line in (files / "scores.jsonl").read_text("utf-8").splitlines()]
     rows[17]["response"] += " QQ"  # no other row has a Q
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
