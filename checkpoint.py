@@ -147,8 +147,11 @@ def resume(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: 
     state = start | {"format": FORMAT, "config": kept, "versions": versions()}
     if folder:
         state = json.loads((folder / "state.json").read_text("utf-8"))
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{folder} has format {state.get('format')!r}, this code reads {FORMAT}: "
+    if lost := sorted((start.keys() | {"format", "config", "versions"}) - state.keys()):
+        raise ValueError(f"{folder / 'state.json'} has no {lost[0]!r}: remove {folder}, and the "
+                         "checkpoint before it is used")
+    if state["format"] != FORMAT:
+        raise ValueError(f"{folder} has format {state['format']!r}, this code reads {FORMAT}: "
                          "resume with the version that wrote it")
     compare(state, start | {"config": asdict(config)}, out)
     told += [f"{key} was {value} and is now {versions()[key]}: the last bits may differ"
@@ -160,16 +163,20 @@ def resume(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: 
 
 def restore(net: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Copies a checkpoint's tensors into adapters and optimizer; ValueError unless all fit."""
-    layers, tensors = lora.adapters(net), load_file(folder / "optimizer.safetensors")
-    saved, weights = peft_folder.read(folder)[1], dict(net.named_parameters())
-    trained = [n for n, p in weights.items() if p.requires_grad]
-    wanted = {f"{n}/{part}" for n in trained for part in ("step", "exp_avg", "exp_avg_sq")}
-    if odd := sorted(tensors.keys() ^ wanted) or sorted(saved.keys() ^ layers.keys()):
-        raise ValueError(f"{folder}: {odd[0]} is {'missing' if odd[0] in wanted else 'unknown'}")
-    for name, (a, b, _) in saved.items():
-        layers[name].lora_A.data.copy_(a)
-        layers[name].lora_B.data.copy_(b)
-    for key, tensor in tensors.items():
+    weights = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    moments = load_file(folder / "optimizer.safetensors")
+    saved = {f"{layer}.lora_{half}": tensor for layer, pair in peft_folder.read(folder)[1].items()
+             for half, tensor in zip("AB", pair, strict=False)}
+    wanted = {n: p.shape for n, p in weights.items()} | {
+        f"{n}/{part}": torch.Size([]) if part == "step" else p.shape
+        for n, p in weights.items() for part in ("step", "exp_avg", "exp_avg_sq")}
+    found = {n: t.shape for n, t in (saved | moments).items()}
+    if odd := sorted(n for n in wanted | found if wanted.get(n) != found.get(n)):
+        raise ValueError(f"{folder}: {odd[0]} has shape {found.get(odd[0], 'none, it is missing')}"
+                         f", expected {wanted.get(odd[0], 'no such tensor')}")
+    for name, tensor in saved.items():
+        weights[name].data.copy_(tensor)
+    for key, tensor in moments.items():
         name, _, part = key.rpartition("/")
         place = "cpu" if part == "step" else weights[name].device  # as AdamW keeps them
         optimizer.state[weights[name]][part] = tensor.to(place)

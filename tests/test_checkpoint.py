@@ -74,6 +74,7 @@ def numbers(*steps):
 def test_the_newest_checkpoints_are_kept_and_nothing_of_the_users_is_touched(tmp_path):
     """Red: checkpoint.py:save: `[:-config.keep]` -> `[:-config.keep - 1]`
     Red: checkpoint.py:save: `if (p / durable.MANIFEST).is_file()` -> ``
+    Red: checkpoint.py:steps: `re.fullmatch(r"step-\\d+", p.name)` -> `p.name[-4:] != "otes"`
     Red: checkpoint.py:steps: `int(p.name.removeprefix("step-"))` -> `p.name`"""
     net, optimizer, settings = policy(tmp_path)
     for mine in ("step-3", "step-notes", "step-1.bak"):
@@ -219,17 +220,21 @@ def test_leftovers_of_a_killed_run_are_swept(run):
 
 @pytest.mark.parametrize("change, words", [
     ({"format": 2}, "format 2, this code reads 1"),
+    ({"num_tokens": None}, "state.json has no 'num_tokens'"),
     ({"versions": {"torch": "2.0", "threads": 1}}, "torch was 2.0 and is now")])
 def test_another_format_is_refused_and_another_torch_is_told(run, base, files, change, words):
-    """Red: checkpoint.py:resume: `!= FORMAT` -> `== 0`
+    """And a state that lacks a key.
+    Red: checkpoint.py:resume: `!= FORMAT` -> `== 0`
+    Red: checkpoint.py:resume: `if lost := sorted(` -> `if lost := (lambda x: None)(`
     Red: checkpoint.py:resume: `if versions()[key] != value` -> `if False`"""
     path = run / "checkpoints/step-4/state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    changed = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({k: v for k, v in changed.items() if v is not None}))
     (path.parent / "manifest.json").unlink()
     durable.write_manifest(path.parent)
     net, optimizer, settings = tuner(base, files, run)
-    start = {"step": 0, "inputs": json.loads(path.read_text())["inputs"]}
-    if "format" in change:
+    start = {"step": 0, "num_tokens": 0, "inputs": changed["inputs"]}
+    if "versions" not in change:
         with pytest.raises(ValueError, match=words):
             checkpoint.resume(net, optimizer, run, settings, start)
     else:
@@ -244,27 +249,41 @@ def tuner(base, files, run):
 
 
 @pytest.mark.parametrize("part", ["step", "exp_avg", "exp_avg_sq"])
-def test_an_optimizer_with_a_part_missing_is_refused(run, base, files, part):
-    """Red: checkpoint.py:restore: `sorted(tensors.keys() ^ wanted)` -> `[]`"""
+@pytest.mark.parametrize("change, words", [
+    (None, "missing"), ("/x", "no such tensor"), ("", r"has shape torch.Size\(\[1, 1\]\)")])
+def test_an_optimizer_that_does_not_fit_is_refused_by_name(run, base, files, part, change, words):
+    """A part missing, unknown, or of a shape that would be broadcast.
+    Red: checkpoint.py:restore: `if wanted.get(n) != found.get(n)` -> `if n not in found`
+    Red: checkpoint.py:restore: `if wanted.get(n) != found.get(n)` -> `if n not in wanted`
+    Red: checkpoint.py:restore: `("step", "exp_avg", "exp_avg_sq")` -> `("step", "exp_avg")`
+    Red: checkpoint.py:restore: `torch.Size([]) if part == "step" else p.shape` -> `p.shape`"""
     path = run / "checkpoints/step-4/optimizer.safetensors"
     held = load_file(path)
     name = next(n for n in held if n.endswith(f"/{part}"))
-    checkpoint.save_file({n: t for n, t in held.items() if n != name}, path)
+    if change is None:
+        del held[name]
+    else:
+        held[name + change] = torch.zeros(1, 1)
+    checkpoint.save_file(held, path)
     net, optimizer, _ = tuner(base, files, run)
-    with pytest.raises(ValueError, match=f"{part} is missing"):
+    with pytest.raises(ValueError, match=f"{part}.*{words}"):
         checkpoint.restore(net, optimizer, path.parent)
+    assert not optimizer.state
 
 
-def test_an_adapter_of_other_layers_is_refused(run, base, files):
-    """Red: checkpoint.py:restore: `or sorted(saved.keys() ^ layers.keys())` -> ``"""
+@pytest.mark.parametrize("adapter, words", [
+    ((3, 4.0), r"lora_A has shape torch.Size\(\[2, 24\]\), expected torch.Size\(\[3, 24\]\)"),
+    ((2, 4.0, ["q_proj"]), "down_proj.lora_A.*no such tensor")])
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_copied(
+        run, base, files, adapter, words):
+    """Red: checkpoint.py:restore: `(saved | moments).items()` -> `moments.items()`"""
     net, optimizer, _ = tuner(base, files, run)
     lora.remove(net)
-    lora.inject(net, 2, 4.0, ["q_proj"])
-    held = load_file(run / "checkpoints/step-4/optimizer.safetensors")
-    mine = {n: t for n, t in held.items() if "q_proj" in n}
-    checkpoint.save_file(mine, run / "checkpoints/step-4/optimizer.safetensors")
-    with pytest.raises(ValueError, match="down_proj is unknown"):
+    lora.inject(net, *adapter)
+    before = {n: p.clone() for n, p in net.named_parameters()}
+    with pytest.raises(ValueError, match=words):
         checkpoint.restore(net, optimizer, run / "checkpoints/step-4")
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
 
 
 START = """

@@ -22,7 +22,7 @@ CAPS = {
     "losses.py": 280, "policy_gradients.py": 250, "data.py": 340, "tokens.py": 300, "lora.py": 230,
     "peft_folder.py": 110, "architecture.py": 110, "backward.py": 330, "packing.py": 120,
     "model.py": 330, "config.py": 120, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,
-    "checkpoint.py": 175, "durable.py": 160, "stops.py": 60, "objectives.py": 90, "strict.py": 120,
+    "checkpoint.py": 185, "durable.py": 160, "stops.py": 60, "objectives.py": 90, "strict.py": 120,
     "report.py": 175, "parallel.py": 135, "mixture.py": 100, "lines.py": 110, "reference.py": 115,
     "page.py": 240, "questions.py": 175, "rollouts.py": 190, "train.py": 360, "README.md": 150}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
