@@ -94,7 +94,7 @@ def test_a_run_goes_on_behind_any_step_bit_for_bit(whole, base, files, tmp_path,
     Red: train.py:run: `state["place"], ` -> `(0, 0), `
     Red: mixture.py:stream: `at * (e == first)` -> `0`
     Red: checkpoint.py:steps: `int(p.name.removeprefix("step-"))` -> `p.name`
-    Red: checkpoint.py:restore: `layers[name].lora_B.data.copy_(b)` -> `pass`"""
+    Red: checkpoint.py:restore: `weights[name].data.copy_(tensor)` -> `pass`"""
     out = stopped(whole[0], tmp_path / "run", step)
     notes = out / "checkpoints/step-notes"
     notes.mkdir()
@@ -154,7 +154,8 @@ def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_untouched(run,
 @pytest.mark.parametrize("key", STATE)
 def test_a_state_without_one_of_its_keys_is_refused_by_name_though_its_hash_is_right(
         run, fresh, key):
-    """Red: checkpoint.py:resume: `state.get("format") != FORMAT` -> `False`"""
+    """Red: checkpoint.py:resume: `start.keys() | {"format", "config", "versions"}` -> `start.keys()`
+    Red: checkpoint.py:resume: `(start.keys() | {` -> `({`"""
     path = run / "checkpoints/step-10/state.json"
     state = json.loads(path.read_text("utf-8"))
     assert sorted(state) == sorted(STATE)
@@ -168,8 +169,7 @@ def test_a_state_without_one_of_its_keys_is_refused_by_name_though_its_hash_is_r
 def test_a_checkpoint_without_one_of_its_tensors_is_refused_by_name_though_its_hash_is_right(
         run, fresh, name):
     """Each half of each adapter; the step and both moments of each.
-    Red: checkpoint.py:restore: `sorted(tensors.keys() ^ wanted)` -> `[]`
-    Red: checkpoint.py:restore: `or sorted(saved.keys() ^ layers.keys())` -> ``"""
+    Red: checkpoint.py:restore: `for n in wanted | found if` -> `for n in found if`"""
     path = run / "checkpoints/step-10" / name
     held = load_file(path)
     assert len(held) == (28 if name[0] == "a" else 84)
@@ -185,7 +185,7 @@ def test_a_checkpoint_without_one_of_its_tensors_is_refused_by_name_though_its_h
 def test_a_checkpoint_with_a_tensor_of_another_shape_is_refused_though_its_hash_is_right(
         run, fresh, name):
     """A tensor that would be spread by broadcasting, or a scalar where a matrix was.
-    Red: peft_folder.py:read: `or a.shape[:-1] + b.shape[1:] != (r, r)` -> ``"""
+    Red: checkpoint.py:restore: `wanted.get(n) != found.get(n)` -> `n not in found`"""
     path = run / "checkpoints/step-10" / name
     held = load_file(path)
     key = next(n for n in held if n.endswith(("lora_A.weight", "lora_A/exp_avg")))
