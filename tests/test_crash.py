@@ -133,7 +133,7 @@ def test_a_run_killed_six_times_at_random_ends_as_if_nobody_had_killed_it(place,
     """Every number of the log, rows of each step, adapter, newest checkpoint: bit for bit.
     Red: train.py:run_steps: `torch.manual_seed(` -> `abs(`
     Red: checkpoint.py:restore: `optimizer.state[weights[name]][part] = tensor.to(place)` -> `pass`
-    Red: train.py:run_steps: `report.keep_lines(out / "metrics.jsonl", state["step"])` -> `pass`"""
+    Red: train.py:run_steps: `report.keep_lines(log, start)` -> `pass`"""
     monkeypatch.setattr(run, "REAL", 0)  # `python train.py` makes the second of the quiet runs
     flags, draw, tally = ("--steps", "12"), random.Random(0), Counter()
     wrong = run.quiet(place.warm, place.root, flags)
@@ -165,7 +165,7 @@ def test_a_kill_or_an_error_at_a_call_of_a_save_loses_nothing(place, point, requ
 def test_a_save_that_the_disk_refuses_harms_nothing_and_says_what_it_needs(place, name):
     """RLIMIT_FSIZE stands in for the small disk where none can be mounted.
     Red: durable.py:folder: `shutil.rmtree(part, ignore_errors=True)` -> `pass`
-    Red: checkpoint.py:save: `it needs {need:.1f} MB` -> `it needs more`"""
+    Red: checkpoint.py:save: `it needs {need:.2f} MB` -> `it needs more`"""
     if name == "tmpfs full" and not disk.may_mount():
         name = "RLIMIT_FSIZE"
     assert disk.CASES[name](place) == []

@@ -154,7 +154,7 @@ def test_where_every_checkpoint_is_damaged_the_run_is_refused_and_untouched(run,
 @pytest.mark.parametrize("key", STATE)
 def test_a_state_without_one_of_its_keys_is_refused_by_name_though_its_hash_is_right(
         run, fresh, key):
-    """Red: checkpoint.py:resume: `start.keys() | {"format", "config", "versions"}` -> `start.keys()`
+    """Red: checkpoint.py:resume: `| {"format", "config", "versions"}` -> ``
     Red: checkpoint.py:resume: `(start.keys() | {` -> `({`"""
     path = run / "checkpoints/step-10/state.json"
     state = json.loads(path.read_text("utf-8"))
