@@ -109,6 +109,7 @@ def test_a_finished_run_takes_no_further_step(whole, base, files, tmp_path):
     out = shutil.copytree(whole[0], tmp_path / "run")
     for _ in range(2):
         assert rows_of(command(base, files, out, "--resume", "true")) == []
+        assert len(whole[1]) == STEPS
         assert trial.differences(whole[0], out) == []
 
 
