@@ -5,10 +5,13 @@
 # make figures      docs/figures from the recorded results
 # make bench        speed and memory beside transformers, PEFT and TRL; takes hours, can be stopped
 # make test-peers   parity with transformers, PEFT and TRL, in an environment of their own
+# make test-crash   KILLS=200 kills at random moments, POINTS=60 at chosen system calls, bad disks
 # make red          every mutation that a test names, applied to a copy: each must turn its test red
 # make TORCH_INDEX=URL ...   takes torch from another index, such as PyTorch's own CPU builds
 PYTHON ?= python3
 TORCH_INDEX ?=
+KILLS ?= 200
+POINTS ?= 60
 ONE = OMP_NUM_THREADS=1
 
 test: .venv/ready
@@ -35,6 +38,11 @@ bench: .venv-peers/ready
 test-peers: .venv-peers/ready
 	$(ONE) .venv-peers/bin/python -m pytest tests/peers
 
+test-crash: .venv/ready
+	$(ONE) .venv/bin/python -m tests.crash.run --kills $(KILLS) --points $(POINTS)
+	$(ONE) .venv/bin/python -m tests.crash.disk
+	$(ONE) .venv/bin/python -m tests.crash.cost
+
 red: .venv/ready
 	$(ONE) .venv/bin/python tests/red.py
 
@@ -47,4 +55,4 @@ red: .venv/ready
 	$*/bin/pip install -q --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: test test-faults demo results figures bench test-peers red
+.PHONY: test test-faults test-crash demo results figures bench test-peers red

@@ -1,0 +1,118 @@
+"""What a safe save costs: beside a plain write and fsync of the same bytes, and in a run.
+
+    python -m tests.crash.cost --mib 200
+
+Safe: checked for numbers that are not finite, written aside, hashed, synced file by file, renamed,
+the folder above synced, the oldest checkpoint removed. Plain: the same bytes written and synced.
+The least of several times counts: neighbours on the machine only ever add.
+"""
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from . import trial
+
+MOST, SHARE = 2.0, 0.03  # times a plain write (and 2 s a GB); share of a run's time
+INTERVAL = 500  # steps between checkpoints unless --save_every says otherwise
+
+
+def plain(files: list[bytes], folder: Path) -> float:
+    """Seconds to write and sync the bytes, nothing else."""
+    began = time.perf_counter()
+    for i, body in enumerate(files):
+        with open(folder / f"plain{i}", "wb") as out:
+            out.write(body)
+            out.flush()
+            os.fsync(out.fileno())
+    return time.perf_counter() - began
+
+
+def tuner(root: Path, mib: int) -> tuple:
+    """(model, optimizer, settings) whose checkpoint takes about so many MiB."""
+    import folder
+
+    import train
+
+    base = folder.write_model(root / "model")
+    rank = max(1, mib * 2**20 // 6720)  # bytes that one rank of the 14 layers takes, moments too
+    argv = ["--model", str(base), "--data", "none", "--lora_r", str(rank), "--out", str(root)]
+    settings = train.parse_flags(argv, {})
+    net, optimizer = train.adapted(settings, base)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = p.detach().clone()
+    optimizer.step()
+    return net, optimizer, settings
+
+
+def saves(root: Path, mib: int, times: int) -> tuple[int, list[float], list[float]]:
+    """(bytes, seconds of safe saves, of plain ones), taken in turn on the same disk."""
+    import checkpoint
+
+    net, optimizer, settings = tuner(root, mib)
+    safe, bare = [], []
+    for step in range(1, times + 3):
+        began = time.perf_counter()
+        checkpoint.save(net, optimizer, root, {"step": step, "inputs": {}}, settings)
+        safe.append(time.perf_counter() - began)
+        files = [p.read_bytes() for p in trial.steps(root)[-1].iterdir()]
+        bare.append(plain(files, root))
+    return sum(map(len, files)), safe[2:], bare[2:]  # the first two remove no older checkpoint
+
+
+def run_share(root: Path) -> tuple[float, float]:
+    """Seconds of (a step, a save) of `python train.py` on the bundled model and data."""
+    import checkpoint
+    import train
+
+    step, save, spent = train.train_step, checkpoint.save, ([], [])
+
+    def timed(call, seconds):
+        """The call of five parameters, which notes its seconds."""
+        def wrapped(a, b, c, d, e):
+            began = time.perf_counter()
+            result = call(a, b, c, d, e)
+            seconds.append(time.perf_counter() - began)
+            return result
+
+        return wrapped
+
+    train.train_step, checkpoint.save = timed(step, spent[0]), timed(save, spent[1])
+    words = train.demo_flags()
+    tests = [i for i, word in enumerate(words) if word == "--test"]
+    words = [word for i, word in enumerate(words) if i not in tests and i - 1 not in tests]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        train.main([*words, "--steps", "20", "--save_every", "4", "--sample_tokens", "0",
+                    "--out", str(root / "demo")])
+    train.train_step, checkpoint.save = step, save
+    return statistics.median(spent[0]), statistics.median(spent[1])  # of the same minute
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("tests.crash.cost", description=__doc__.split("\n")[0])
+    parser.add_argument("--mib", type=int, default=200, help="size of a checkpoint [200]")
+    parser.add_argument("--times", type=int, default=5, help="saves of either kind [5]")
+    parser.add_argument("--folder", help="on the disk to measure; default: a temporary one")
+    args = parser.parse_args()
+    sys.path[:0] = [str(trial.ROOT), str(trial.ROOT / "tests")]
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        root = Path(temporary)
+        size, safe, bare = saves(root, args.mib, args.times)
+        step, save = run_share(root)
+    a, b, gigabytes = min(safe), min(bare), size / 1e9
+    share = save / (INTERVAL * step + save)
+    print(f"{size / 1e6:.0f} MB, least of {args.times}: safe {a:.3f} s, plain write and fsync "
+          f"{b:.3f} s: {a / b:.2f} times, goal at most {MOST:g} times and 2 s a GB "
+          f"({MOST * b + 2 * gigabytes:.3f} s)")
+    print(f"the demo: a step {step:.3f} s, a save {save:.3f} s: {share:.2%} of the run's time at "
+          f"--save_every {INTERVAL}, goal at most {SHARE:.0%}")
+    sys.exit(a > MOST * b + 2 * gigabytes or share > SHARE)
+
+
+if __name__ == "__main__":
+    main()
