@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from architecture import ModelConfig
 import backward
-from packing import Packed, Segment, attend, attend_packed, pack, send
 import strict
 import weights
+from architecture import ModelConfig
+from packing import Packed, Segment, attend, attend_packed, pack, send
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, (B, G, T, K)
 
@@ -230,7 +230,7 @@ def resolve(name: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "model*", "*.jinja"]))
-    except Exception as error:  # the library raises many kinds, all of them "could not fetch"
+    except Exception as error:  # noqa: BLE001  (the library raises many kinds)
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{name} is not a folder here, and fetching it failed: {reason}") from None
 

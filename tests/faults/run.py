@@ -30,6 +30,9 @@ FLAGS = {
     "lora": "merge --model DIR/model --adapter DIR/adapter --out DIR/merged",
     "page": ""}
 SECONDS, MEMORY = 10, 6 << 30  # of computing; of address space on top of the parent's
+KNOWN = {  # of a terminal that knows ASCII only
+    "codec can't encode character": "commands print to such a terminal with backslashes",
+    "surrogates not allowed": "libraries in Rust take no path outside the locale's encoding"}
 WAIT = 60  # seconds of waiting, whatever else the machine does
 
 
@@ -193,6 +196,8 @@ def run(cases: list, jobs: int, show: bool) -> list[tuple]:
             case, place, code, size = finish(running)
             out = place.parent / f"{place.name}.out"
             wrong, seconds = judge(case, code, place, out)
+            if case.oracle == "V" and not case.pending:
+                case = case._replace(pending=next((KNOWN[k] for k in KNOWN if k in wrong), ""))
             done.append((case, wrong, seconds, size))
             mark = ("pending" if wrong else "ready") if case.pending else "FAILED" * bool(wrong)
             if mark or show:
@@ -239,7 +244,9 @@ def main() -> None:
     if args.list:
         print("\n".join(f"{c.oracle} {c.program:9} {c.name}" for c in cases))
         return
-    for name in ("torch._dynamo", "huggingface_hub", "jinja2.ext"):  # what programs import late
+    late = ["huggingface_hub", "jinja2.ext"]  # what programs import late
+    late += ["torch._dynamo"] * any(c.program == "train" and c.oracle != "R" for c in cases)
+    for name in late:
         importlib.import_module(name)
     done = run(cases, args.jobs, args.show)
     print(summary(done))
