@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = (("architecture", "backward", "peft_folder"), ("packing",),
+FLOORS = (("architecture", "backward", "peft_folder", "command"), ("packing", "records", "doubts"),
           ("losses", "policy_gradients", "data", "tokens", "lora", "model", "config"), ("lines",),
           ("generate", "checkpoint", "report", "parallel", "mixture", "page", "reference"),
           ("questions", "rollouts"), ("evaluate",), ("exam",), ("train",))
@@ -22,7 +22,7 @@ CAPS = {
     "peft_folder.py": 110, "architecture.py": 110, "backward.py": 330, "packing.py": 120,
     "model.py": 330, "config.py": 120, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 120, "report.py": 170, "parallel.py": 120, "mixture.py": 100, "lines.py": 110,
-    "reference.py": 115,
+    "reference.py": 115, "command.py": 100, "records.py": 230, "doubts.py": 90,
     "page.py": 240, "questions.py": 175, "rollouts.py": 190, "train.py": 360, "README.md": 150}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")
