@@ -72,9 +72,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Exits with code 2."""
-        known = re.findall(r"--\w+", self.format_help())
+        known = sorted(set(re.findall(r"--\w+", self.format_help())))
         asked = message.partition("unrecognized arguments: ")[2].split()
-        near = [f"{word} may be {found[0]}" for word in (w.split("=")[0] for w in asked)
-                if word.startswith("-") and (found := difflib.get_close_matches(word, known, 1))]
+        near = [f"{word} may be {' or '.join(found)}" for word in (w.split("=")[0] for w in asked)
+                if word.startswith("-") and (found := difflib.get_close_matches(word, known, 2))]
         hint = f" ({'; '.join(near)})" if near else ""
         stop(self.prog, ValueError(f"{message}{hint}; --help lists the flags"))

@@ -72,9 +72,9 @@ def turns(value: str | list | dict, role: str, name: str) -> Messages:
         speaker = m.get("role", m.get("from"))
         speaker = {"human": "user", "gpt": "assistant"}.get(str(speaker), speaker)
         if speaker not in ("system", "user", "assistant"):
-            raise ValueError(f"a message has the role {shown(speaker)}, not system, user or "
-                             "assistant")
-        out.append((speaker, text(m.get("content", m.get("value")), "a message's content")))
+            raise ValueError(f"{name}: a message has the role {shown(speaker)}, not system, user "
+                             "or assistant")
+        out.append((speaker, text(m.get("content", m.get("value")), f"{name}: its content")))
     return tuple(out)
 
 
@@ -89,6 +89,8 @@ def read_prompt(row: dict) -> Messages:
     """The prompt of a row; an Alpaca input follows its instruction under its own heading."""
     name = "prompt" if "prompt" in row else "messages"
     value, lead, past = row[name], (), []
+    if name == "messages" and not isinstance(value, dict):
+        listed(value, name)
     if isinstance(value, str) and row.get("input"):
         value += f"\n\n### Input:\n{text(row['input'], 'input')}"
     if isinstance(value, str) and "<extra_id_1>" in value:
@@ -227,7 +229,8 @@ def read(path: str | Path, score_range: tuple[float, float] = (0, 1)) -> tuple[l
     bad: list[str] = []
     examples, dropped, formats = read_rows(records.rows(Path(path), bad), score_range, bad)
     if bad:
-        raise ValueError(bad[0] + f" (and {len(bad) - 1} more rows are wrong)" * (len(bad) > 1))
+        more = f" (and {len(bad) - 1} more rows are wrong)" * (len(bad) > 1)
+        raise ValueError(f"{bad[0]}{more}: mend the file, or remove the row")
     if not examples:
         first = "".join(f", the first at {d['where']}: {d['reason']}" for d in dropped[:1])
         raise ValueError(f"{path} holds no usable row ({len(dropped)} dropped{first})")

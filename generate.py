@@ -18,7 +18,7 @@ import config
 import lora
 import model
 import tokens
-from command import Parser, check, number, stop, whole
+from command import Parser, check, number, shown, stop, whole
 
 
 def next_token(
@@ -30,8 +30,7 @@ def next_token(
     logits that are not finite, of which no token is the likeliest.
     """
     if not logits_BV.isfinite().all():
-        raise ValueError("the model gives logits that are not finite: its weights or its adapter "
-                         "are damaged, or too large for this --dtype")
+        raise ValueError("the model's logits are not finite: its weights or adapter are damaged")
     if temperature == 0:
         return logits_BV.argmax(-1)
     probs, ids = (logits_BV / temperature).softmax(-1).sort(-1, descending=True)
@@ -107,12 +106,19 @@ def complete(
     return out
 
 
+def turn(text: str) -> tuple[str, str]:
+    """The user's turn.   ValueError for bytes that are no UTF-8, which Python hides in the text."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"--prompt, or what was typed, is no UTF-8: {shown(text)}")
+    return "user", text
+
+
 def converse(net: model.Transformer, chat: tokens.Chat, args: argparse.Namespace) -> None:
     """A chat on the terminal, remembering its turns, until end of input."""
     said, generator = [], torch.Generator().manual_seed(args.seed)
     while True:
         try:
-            said.append(("user", input("> ")))
+            said.append(turn(input("> ")))
         except EOFError:
             return
         answer, = complete(net, chat, [tuple(said)], args.max_new_tokens, args.temperature,
@@ -150,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
             lora.load(net, args.adapter)
         if not args.prompt:
             return converse(net, chat, args)
-        prompts = [(("user", p),) for p in args.prompt]
+        prompts = [(turn(p),) for p in args.prompt]
         answers = complete(net, chat, prompts, args.max_new_tokens, args.temperature, args.top_p,
                            torch.Generator().manual_seed(args.seed))
         print("\n\n".join(answers), flush=True)

@@ -32,24 +32,24 @@ def load_data(config: Config, chat: tokens.Chat, reads: str) -> tuple:
     repeated = doubts.repeats(rows for rows, *_ in found)
     held = data.hold_out([e for f in found for e in f[0]], config.held_out, config.seed)
     files, told, dropped, size = [], [], [], 0
-    for (path, weight), (rows, lost, long, formats, later), doubt in zip(
-            specs, found, repeated, strict=True):
+    for (path, weight), (rows, lost, long, formats, later), doubt in zip(specs, found, repeated):
         units, left = data.units([e for e in rows if e.prompt not in held], reads)
         about, scale = ("about ", max(1, len(later) / SAMPLE)) if later else ("", 1)
+        share = round(weight * scale * len(units))
         counted = [f"{about}{round(scale * len(part))}" for part in (rows, lost, long, units)]
         told.append(f"{path}: {' and '.join(dict.fromkeys(formats))}, {counted[0]} rows"
                     + f", estimated from a sample of {min(SAMPLE, len(later or ()))}" * bool(later)
                     + f", {counted[1]} unusable" * bool(lost)
                     + f", {counted[2]} longer than {config.max_length} tokens" * bool(long)
                     + f"; to train on: {counted[3]} {reads}"
-                    + f", {weight:g} times an epoch" * (weight != 1)
+                    + f", {weight:g} times: {share} an epoch" * (weight != 1)
                     + "".join(f", {about}{round(scale * n)} {what}" for what, n in (
                         *doubt.items(), *((f"left out ({r})", n) for r, n in left.items()))))
         if later:
             later.held = held
         files.append(later or units)
         dropped += [] if later else lost + long
-        size += round(weight * scale * len(units))
+        size += share
     if not size:
         such = f", such as {dropped[0]['where']} ({dropped[0]['reason']})" if dropped else ""
         raise ValueError(

@@ -93,8 +93,8 @@ def json_rows(path: Path, bad: list | None = None) -> Iterator[tuple[str, dict]]
 def all_of(path: Path, file: IO[bytes]) -> list[tuple[int, bytes]]:
     """The file as one line.   ValueError where it is too large to be parsed at once."""
     most = min(WHOLE, largest(path))
-    content = file.read(most + 1)
-    if len(content) > most:
+    content = file.read(most + 1) if path.suffix == ".gz" or stamp(file)[0] <= most else None
+    if content is None or len(content) > most:
         raise ValueError(f"{path} holds more than {most >> 20} MiB in one JSON list: write one "
                          "object a line, and call it .jsonl")
     return [(1, content)]

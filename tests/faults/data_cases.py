@@ -35,9 +35,12 @@ FORMATS = {  # a good row of each
 STRANGE = {"a number": 7, "null": None, "a list of numbers": [7], "an object": {"a": 1},
            "an object in a list": [{"a": 1}], "a nested list": [["x"]], "true": True}
 FINE = {("input", "null"), ("system", "null"), ("history", "null"), ("label", "true"),
-        ("helpfulness", "a number"), ("correctness", "a number"), ("coherence", "a number")}
+        ("score_chosen", "a number"), ("score_rejected", "a number")}
 
 
+NAMES = {"messages": "message", "instruction": "prompt", "question": "prompt", "data": "",
+         "completion": "response", "output": "response", "answer": "response",
+         "conversations": "messages"}  # how a message calls a column that has a second name
 BOTH = {"train": "", "evaluate": ", to evaluate"}  # what the name of a case ends with
 
 
@@ -184,7 +187,8 @@ def syntax() -> list[Case]:
         "no quotes": "{prompt: 1}", "a comment": "// " + LINE[:-1], "a bare word": "nul",
         "an open text": '{"prompt": "q', "an open object": '{"prompt": "q"', "a tab in a text":
         '{"prompt": "a\tb", "response": "a"}', "a raw 0x0b":
-        '{"prompt": "a\x0bb", "response": "a"}', "a raw 0x1c": '{"prompt": "a\x1cb", "response": "a"}', "a wrong escape":
+        '{"prompt": "a\x0bb", "response": "a"}', "a raw 0x1c":
+        '{"prompt": "a\x1cb", "response": "a"}', "a wrong escape":
         '{"prompt": "\\x", "response": "a"}', "a wrong number": '{"prompt": 01}', "NaN": "NaN",
         "NaN as a score": '{"prompt": "q", "response": "a", "score": NaN}',
         "Infinity as a score": '{"prompt": "q", "response": "a", "score": Infinity}',
@@ -249,8 +253,9 @@ def encodings() -> list[Case]:
              "half a character": raw.encode()[:-3] + b'"}', "an overlong zero":
              b'{"prompt": "\xc0\x80"}', "an encoded surrogate": b'{"prompt": "\xed\xa0\xbd"}',
              "a lone 0xff": b'{"prompt": "\xff"}', "a tail byte": b'{"prompt": "\x80"}'}
-    out = [Case(f"D04 {n} in line 2{to}", program, write("data.jsonl", LINE.encode() + line + b"\n"),
-                "", "data.jsonl:2; byte; UTF-8")
+    out = [Case(f"D04 {n} in line 2{to}", program,
+                write("data.jsonl", LINE.encode() + line + b"\n"), "",
+                "data.jsonl:2; byte; UTF-8")
            for n, line in wrong.items() for program, to in BOTH.items()]
     utf = {"UTF-16": "utf-16", "UTF-16 little end": "utf-16-le", "UTF-16 big end": "utf-16-be",
            "UTF-32": "utf-32"}
@@ -288,8 +293,9 @@ def columns() -> list[Case]:
             less = {k: v for k, v in row.items() if k != field}
             if field not in ("input", "system", "history", "label", "score"):
                 out.append(bad(f"D09 {form} without {field}", less, ""))
-            out += [bad(f"D09 {form} with {n} as {field}", row | {field: value}, "")
-                    for n, value in STRANGE.items() if (field, n) not in FINE]
+            out += [bad(f"D09 {form} with {n} as {field}", row | {field: value},
+                        NAMES.get(field, field)) for n, value in STRANGE.items()
+                    if (field, n) not in FINE]
     misspelt = {
         "scoer": "score", "Score": "score", "scores": "score", "SCORE": "score", "score ": "score",
         "scre": "score", "Label": "label", "lable": "label", "labels": "label", "ratings": "rating",
@@ -298,7 +304,8 @@ def columns() -> list[Case]:
     out += [bad(f"D08 {wrong!r} for {right}", GOOD | {wrong: 0}, f"{right!r}; misspelt")
             for wrong, right in misspelt.items()]
     out += [bad(f"D08 {wrong} for {right}", {
-        (wrong if k == right else k): v for k, v in FORMATS["pair"].items()}, f"{right!r}; misspelt")
+        (wrong if k == right else k): v for k, v in FORMATS["pair"].items()},
+        f"{right!r}; misspelt")
         for wrong, right in {"Prompt": "prompt", "promt": "prompt", "choosen": "chosen",
                              "rejectd": "rejected", "Chosen": "chosen"}.items()]
     out += [bad(f"D08 unread {n}", row, f"{n!r}; does not read") for n, row in {
@@ -355,7 +362,8 @@ def feedback() -> list[Case]:
     out += [bad(f"D11 a label of {n}", GOOD | {"label": value}, f"label; {words}")
             for n, value, words in (
                 ("good", "good", "'good'"), ("2", 2, "2"), ("'1'", "1", "'1'"),
-                ("null", None, "None"), ("-1", -1, "-1"), ("0.5", 0.5, "0.5"), ("'true'", "true", "'true'"),
+                ("null", None, "None"), ("-1", -1, "-1"), ("0.5", 0.5, "0.5"),
+                ("'true'", "true", "'true'"),
                 ("a list", [True], "True"), ("an empty text", "", "''"))]
     out += [good(f"D11 a label of {n}", GOOD | {"label": value})
             for n, value in {"1": 1, "0": 0, "1.0": 1.0, "0.0": 0.0}.items()]
@@ -406,17 +414,17 @@ def answers() -> list[Case]:
              "a list": ["user", "q"]}
     out += [bad(f"D28 a message is or has {n}", {"messages": [m, ASSISTANT]}, "message")
             for n, m in wrong.items()]
-    long = {"prompt": "Say one.", "response": "one " * 90}
+    long = {"prompt": "Say one.", "response": "one two " * 99}
     out += [
         Case("D14 the prompt fills the window", "train", only(*[GOOD] * 9, {
-            "prompt": "one " * 90, "response": "a"}), "--held_out 0",
+            "prompt": "one two " * 99, "response": "a"}), "--held_out 0",
             "1 longer than 100 tokens; dropped 1", "V"),
         Case("D15 an answer beyond the window", "train", only(*[GOOD] * 9, long), "--held_out 0",
              "1 longer than 100 tokens; dropped 1", "V"),
         Case("D15 no answer fits, prompts cut", "train", only(long), "--truncate_prompt true "
              "--held_out 0", "nothing is left; 1 longer; data.jsonl:1"),
         Case("D16 a long prompt, cut", "train", only(*[GOOD] * 9, {
-            "prompt": "one " * 90, "response": "a"}), "--held_out 0 --truncate_prompt true",
+            "prompt": "one two " * 99, "response": "a"}), "--held_out 0 --truncate_prompt true",
             "10 rows; to train on: 10", "V"),
         Case("D16 nothing fits", "evaluate", only(long), "--max_length 20", "up to 20 tokens"),
         Case("D16 too long for the model", "evaluate", only(GOOD, long), "", "1 rows, 1 too long",
@@ -463,14 +471,15 @@ def mixtures() -> list[Case]:
     out += [Case(f"D24 a weight of {n}", "train", None, f"--data DIR/data.jsonl:{w}",
                  f"data.jsonl:{w[:40]}; weight" if len(w) < 40 else "weight")
             for n, w in weights.items()]
-    out += [Case(f"D24 a weight of {w}", "train", None, f"--data DIR/data.jsonl:{w}", "times", "V")
+    out += [Case(f"D24 a weight of {w}", "train", None, f"--data DIR/data.jsonl:{w}", "times:", "V")
             for w in ("0.5", "2", "1.5", "1e1", "1000")]
     out += [Case(f"D24 {w!r} is no weight", "train", None, f"--data DIR/data.jsonl:{w}",
                  "data.jsonl; No such file") for w in ("", "x", "2x", "half", "\u00b2")]
     out += [Case("D24 a weight of no row", "train", None, "--data DIR/data.jsonl:0.01",
                  "nothing is left; FILE:WEIGHT"),
             Case("D24 a weight of no row beside another file", "train", None,
-                 "--data DIR/data.jsonl:0.01 --data DIR/scores.jsonl", "0 rows an epoch", "V"),
+                 "--data DIR/data.jsonl:0.01 --data DIR/scores.jsonl", "0.01 times: 0 an epoch",
+                 "V"),
             Case("D24 a colon in a name", "train", write("a:2", LINE * 9),
                  "--data DIR/a:2 --held_out 0", "9 rows", "V")]
     reads = {"dpo": ("data", "labels"), "ipo": ("data",), "simpo": ("labels",), "orpo": ("data",),
