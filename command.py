@@ -12,17 +12,14 @@ import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
-
-def plain(text: object) -> str:
-    """The text on one line: whatever does not print is escaped; a second time changes nothing."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+from strict import clean
 
 
 def shown(value: object) -> str:
     """A value as a sentence shows it, however large, deep or strange it is."""
     if isinstance(value, str):
-        return plain(repr(value if len(value) <= 80 else value[:77] + "..."))
-    return plain(reprlib.repr(value))
+        return clean(repr(value if len(value) <= 80 else value[:77] + "..."))
+    return clean(reprlib.repr(value))
 
 
 def whole(text: str) -> int:
@@ -63,7 +60,7 @@ def stop(program: str, error: Exception) -> NoReturn:
     """Exits with code 2 and the sentence of an error on stderr."""
     if isinstance(error, BrokenPipeError):  # who read our output is gone: let the rest of it go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print(plain(f"{program}: {error}"), file=sys.stderr)
+    print(clean(f"{program}: {error}"), file=sys.stderr)
     sys.exit(2)
 
 

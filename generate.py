@@ -134,8 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", action="append", help="repeatable; without it: a chat")
     parser.add_argument("--template", default="checkpoint",
                         help=f"checkpoint (the model's own), {', '.join(tokens.TEMPLATES)}")
-    parser.add_argument("--max_new_tokens", type=whole, default=256,
-                        help="fewer where the model's context ends")
+    parser.add_argument("--max_new_tokens", type=whole, default=256, help="at most")
     parser.add_argument("--temperature", type=number, default=0.0, help="0 is greedy")
     parser.add_argument("--top_p", type=number, default=1.0)
     parser.add_argument("--seed", type=whole, default=0)

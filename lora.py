@@ -20,12 +20,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import backward
+import bounds
 import peft_folder
+import strict
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -78,9 +79,10 @@ def matching(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)]
     listed = [] if isinstance(targets, str) else targets
-    patterns = {t: rf"(.*\.)?{re.escape(t)}" for t in listed} or {
-        targets: r"(?!.*\blm_head$).*" if targets == "all-linear" else targets}
-    found = {t: [n for n in linear if re.fullmatch(p, n)] for t, p in patterns.items()}
+    patterns = {t: re.compile(rf"(.*\.)?{re.escape(t)}") for t in listed} or {
+        targets: re.compile(r"(?!.*\blm_head$).*") if targets == "all-linear" else
+        bounds.pattern(targets, "target_modules")}
+    found = {t: [n for n in linear if p.fullmatch(n)] for t, p in patterns.items()}
     for target in (t for t in found if not found[t]):
         last = sorted({n.split(".")[-1] for n in linear})
         raise ValueError(f"LoRA target {target!r} matches no linear layer; the model has {last}")
@@ -188,10 +190,10 @@ def load(model: nn.Module, folder: str | Path) -> None:
     if odd := sorted(n for n in want | have if want.get(n) != have.get(n)):
         raise ValueError(f"{folder}: adapter and model differ in {len(odd)} layers, first {odd[0]}:"
                          f" {want.get(odd[0], 'nothing')} there, {have.get(odd[0], 'no target')} "
-                         f"here; it was trained on {config.get('base_model_name_or_path')}")
+                         f"here; trained on {strict.show(config.get('base_model_name_or_path'))}")
     model.requires_grad_(False)
     for name, (a, b, scale) in layers.items():
-        layer = attach(model, name, len(a), scale, config.get("lora_dropout", 0.0))
+        layer = attach(model, name, len(a), scale, config["lora_dropout"])
         layer.lora_A.data.copy_(a)
         layer.lora_B.data.copy_(b)
 
@@ -205,8 +207,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         count = peft_folder.merge(args.model, args.adapter, args.out)
-    except (ValueError, OSError, SafetensorError) as error:
-        parser.exit(2, f"lora.py: merging {args.adapter} into {args.model}: {error}\n")
+    except (ValueError, OSError) as error:
+        told = strict.clean(f"merging {args.adapter} into {args.model}: {error}")
+        parser.exit(2, f"lora.py: {told}\n")
     print(f"{args.out}: {count} layers merged, opens like any Hugging Face folder")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from architecture import ModelConfig
 import backward
 from packing import Packed, Segment, attend, attend_packed, pack, send
+import strict
+import weights
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, (B, G, T, K)
 
@@ -233,39 +235,22 @@ def resolve(name: str) -> Path:
         raise ValueError(f"{name} is not a folder here, and fetching it failed: {reason}") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the one, or those its index lists."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file() and index.is_file():
-        raise ValueError(f"{folder} holds both {single.name} and {index.name}: remove one")
-    try:
-        shards = dict(json.loads(index.read_text("utf-8"))["weight_map"]) if index.is_file() else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of shards ({error!r}): download it again") from None
-    for name in set(shards.values()) or [single.name]:
-        if Path(name).name != name:
-            raise ValueError(f"{index}: shard {name!r} points outside the folder")
-        if not (folder / name).is_file():
-            found = "only pickles, which are never loaded: convert them once with transformers' " \
-                "save_pretrained" if any(folder.glob("*.bin")) else sorted(os.listdir(folder))[:8]
-            raise ValueError(f"{folder} has no {name}, found {found}")
-    return sorted({folder / name for name in shards.values()} or {single})
-
-
-def check_tensors(state: dict[str, Tensor], want: dict[str, Tensor], tied: bool) -> None:
+def check_tensors(state: dict[str, Tensor], want: dict[str, Tensor],
+                  found: dict[Path, weights.Header], tied: bool) -> None:
     """ValueError unless `state` holds exactly the tensors of `want`, finite and of their shape."""
     for problem, names in (("are missing from", want.keys() - state.keys()),
                            ("have no place in", state.keys() - want.keys())):
         if names:
             where = "the files" if names <= want.keys() else "the model"
-            raise ValueError(f"{len(names)} tensors {problem} {where}, first: {min(names)} "
-                             f"(tie_word_embeddings is {tied}; a tied model has no lm_head.weight)")
+            raise ValueError(f"{min(found).parent}: {len(names)} tensors {problem} {where}, first: "
+                             f"{min(names)} (tie_word_embeddings is {tied}; a tied model has no "
+                             "lm_head.weight)")
     for name, tensor in state.items():
+        path = next(path for path, header in found.items() if name in header)
         if tensor.shape != want[name].shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, config.json asks for "
-                             f"{tuple(want[name].shape)}")
-        if not torch.isfinite(torch.stack(tensor.aminmax())).all():
-            raise ValueError(f"{name} holds NaN or infinity: the file is damaged")
+            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, config.json asks "
+                             f"for {tuple(want[name].shape)}")
+        weights.check_finite(path, name, tensor)
 
 
 def load(folder: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Transformer:
@@ -273,28 +258,21 @@ def load(folder: str | Path, dtype: torch.dtype, device: str | torch.device = "c
 
     ValueError names missing, unexpected, misshapen, quantised or non-finite tensors.
     """
-    folder = Path(folder)
+    config, found = ModelConfig.from_folder(folder), weights.headers(Path(folder))
+    if config.num_hidden_layers > (held := sum(map(len, found.values()))):
+        raise ValueError(f"{Path(folder) / 'config.json'}: num_hidden_layers is "
+                         f"{config.num_hidden_layers}, but the files hold {held} tensors in all")
     with torch.device("meta"):
-        model = Transformer(ModelConfig.from_folder(folder))
+        model = Transformer(config)
     state, want = {}, model.state_dict()
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
-                    tensor = file.get_tensor(name)
-                    if name in state:
-                        raise ValueError(f"{path}: {name} lies in another shard too")
-                    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-                        raise ValueError(f"{path}: {name} is quantised to {tensor.dtype}")
-                    state[name] = tensor.to(dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error}): download it "
-                             "again, a Git LFS pointer with `git lfs pull`") from None
-    state = {n: t for n, t in state.items() if not n.endswith("rotary_emb.inv_freq")}
-    tied, twins = model.config.tie_word_embeddings, ("lm_head.weight", "model.embed_tokens.weight")
+    for path, header in found.items():
+        with safe_open(path, "pt", device=str(device)) as file:
+            for name in (n for n in header if not n.endswith("rotary_emb.inv_freq")):
+                state[name] = file.get_tensor(name).to(dtype)
+    tied, twins = config.tie_word_embeddings, ("lm_head.weight", "model.embed_tokens.weight")
     if tied and all(n in state for n in twins) and torch.equal(*(state[n] for n in twins)):
         del state["lm_head.weight"]
-    check_tensors(state, want, tied)
+    check_tensors(state, want, found, tied)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
 
@@ -317,7 +295,8 @@ def save(model: Transformer, folder: str | Path, source: str | Path | None = Non
                         "rope_scaling": scaling, "rope_theta": rope["rope_theta"]}
     folder.mkdir(parents=True, exist_ok=True)
     for file in Path(source).iterdir() if source else ():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in file.name:
+        wanted = file.suffix in (".json", ".jinja", ".model", ".txt") and "index" not in file.name
+        if wanted and strict.exists(file):
             shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
     save_file(state, folder / "model.safetensors.part", metadata={"format": "pt"})

@@ -3,21 +3,21 @@
 adapter_config.json says the rank, the scale and the layers, adapter_model.safetensors holds A and B
 of every layer. Letters: I inputs, O outputs, R rank.
 """
-import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import peft_config
+import strict
+import weights
+
 KEY = "base_model.model.{}.lora_{}.weight"  # PEFT's name for half an adapter
-REFUSED = ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "layers_to_transform",
-           "layer_replication", "exclude_modules", "target_parameters", "trainable_token_indices",
-           "init_lora_weights", "use_qalora", "use_bdlora", "alora_invocation_tokens")
 
 
 def read(folder: str | Path) -> tuple[dict, dict[str, tuple[Tensor, Tensor, float]]]:
@@ -27,33 +27,27 @@ def read(folder: str | Path) -> tuple[dict, dict[str, tuple[Tensor, Tensor, floa
     per layer. ValueError names what is not plain LoRA, and the first tensor that does not fit.
     """
     where, path = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    if missing := [p.name for p in (where, path) if not p.is_file()]:
-        raise ValueError(f"{folder} is not an adapter folder: {missing[0]} is missing")
-    try:
-        config, tensors = json.loads(where.read_text("utf-8")), load_file(path)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: adapter file is broken: {error}") from None
-    if config.get("init_lora_weights") in (True, "gaussian"):  # the others change the base
-        del config["init_lora_weights"]
-    for key, value in ({"peft_type": "LORA", "bias": "none"} | dict.fromkeys(REFUSED)).items():
-        if (config.get(key, value) or None) != value:
-            raise ValueError(f"{where}: {key} = {config[key]!r} is not supported, only plain LoRA")
-    if lost := [k for k in ("r", "lora_alpha", "target_modules") if not config.get(k)]:
-        raise ValueError(f"{where}: {lost[0]} is missing")
-    layers = {}
-    for key in tensors:
+    for file in (where, path):
+        if not Path(folder).is_dir() or not strict.exists(file):
+            raise ValueError(f"{folder} is not an adapter folder: {file.name} is missing "
+                             f"({strict.found(folder)}); pickles are never loaded")
+    config, names, layers = peft_config.read(where), weights.header(path), {}
+    tensors = load_file(path)
+    for key in names:
         name = re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", key)
         a, b = (tensors.get(KEY.format(name, half)) for half in "AB")
-        r, alpha = (next((v for pattern, v in (config.get(f"{kind}_pattern") or {}).items()
-                          if re.fullmatch(rf"(.*\.)?({pattern})", name)), config[default])
-                    for kind, default in (("rank", "r"), ("alpha", "lora_alpha")))
+        r, alpha = (next((v for p, v in config[f"{kind}_pattern"] if p.fullmatch(name)), usual)
+                    for kind, usual in (("rank", config["r"]), ("alpha", config["lora_alpha"])))
         if key not in (KEY.format(name, "A"), KEY.format(name, "B")) or a is None or b is None:
             raise ValueError(f"{path}: {key} is not half of a pair like {KEY.format('NAME', 'A')}")
-        if type(alpha) not in (int, float) or a.shape[:-1] + b.shape[1:] != (r, r) or not all(
-                t.isfinite().all() for t in (a, b, torch.tensor(alpha))):
-            raise ValueError(f"{path}: {name} has A {tuple(a.shape)}, B {tuple(b.shape)}, "
-                             f"lora_alpha {alpha!r}, expected finite numbers of rank {r}")
+        if a.shape[:-1] + b.shape[1:] != (r, r):
+            raise ValueError(f"{path}: {name} has A {tuple(a.shape)}, B {tuple(b.shape)}, expected "
+                             f"(rank, inputs) and (outputs, rank) of rank {r}")
+        for half, tensor in (("A", a), ("B", b)):
+            weights.check_finite(path, KEY.format(name, half), tensor.float())
         layers[name] = (a, b, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+    if not layers:
+        raise ValueError(f"{path} holds no tensor: the adapter is empty")
     return config, layers
 
 
@@ -61,27 +55,41 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path) -> int:
     """Writes `out`: the model folder with the adapter folded in, one shard in memory at a time.
 
     Sums in float32, stores the base's dtype, copies tokenizer and configs; the adapter's template
-    and generation_config.json replace the base's. consolidated.safetensors, the same weights in
-    Mistral's own names, stays behind. Returns the number of layers merged.
+    and generation_config.json replace the base's. Nothing lies in `out` before all of it does.
+    Returns the number of layers merged.
     """
     model, adapter, out = Path(model), Path(adapter), Path(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty: choose another --out")
-    layers = read(adapter)[1]
-    shards = {p.name: load_file(p) for p in sorted(model.glob("[!c]*.safetensors"))}  # mapped
-    shapes = {n: t.shape for tensors in shards.values() for n, t in tensors.items()}
+    layers, shards = read(adapter)[1], weights.headers(model)
+    if strict.read_json(model / "config.json").get("quantization_config"):
+        raise ValueError(f"{model / 'config.json'} has a quantization_config: give the original")
+    shapes = {n: s for found in shards.values() for n, s in found.items()}
     want = {f"{name}.weight": (len(b), a.shape[1]) for name, (a, b, _) in layers.items()}
     if odd := sorted(name for name in want if shapes.get(name) != want[name]):
-        raise ValueError(f"{model} {'has' if model.is_dir() else 'is no folder here, with'} no "
-                         f"{odd[0]} of shape {want[odd[0]]}, which {adapter} adapts")
-    out.mkdir(parents=True, exist_ok=True)
-    for shard, tensors in shards.items():
-        for name in [n for n in layers if f"{n}.weight" in tensors]:
-            (a, b, scale), weight = layers[name], tensors[f"{name}.weight"]
-            tensors[f"{name}.weight"] = (weight.float() + scale * b @ a).to(weight.dtype)
-        save_file(tensors, out / shard, metadata={"format": "pt"})
-        tensors.clear()
-    for file in [*model.iterdir(), *adapter.iterdir()]:
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and "adapter" not in file.name:
-            shutil.copyfile(file, out / file.name)
+        raise ValueError(f"{model} has no {odd[0]} of shape {want[odd[0]]}, which {adapter} adapts")
+    copied = [file for file in [*model.iterdir(), *adapter.iterdir()] if "adapter" not in file.name
+              and file.suffix in (".json", ".jinja", ".model", ".txt") and strict.exists(file)]
+    part = out.with_name(out.name + ".part")
+    if part.exists():
+        raise ValueError(f"{part} is there, left by a merge that was stopped: remove it")
+    part.mkdir(parents=True)
+    try:
+        for path in shards:
+            tensors = load_file(path)
+            for name in tensors:
+                weights.check_finite(path, name, tensors[name])
+            for name in [n for n in layers if f"{n}.weight" in tensors]:
+                (a, b, scale), weight = layers[name], tensors[f"{name}.weight"]
+                wide = torch.promote_types(a.dtype, torch.float32)
+                total = (weight.float() + scale * b.to(wide) @ a.to(wide)).to(weight.dtype)
+                weights.check_finite(adapter, f"{name}.weight, merged,", total)
+                tensors[f"{name}.weight"] = total
+            save_file(tensors, part / path.name, metadata={"format": "pt"})
+            tensors.clear()
+        for file in copied:
+            shutil.copyfile(file, part / file.name)
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return len(layers)

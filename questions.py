@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import bounds
 import data
 import generate
 import model
@@ -21,6 +22,7 @@ from command import shown
 
 BATCH = 256  # prompts answered at a time
 BUDGET = 8192  # tokens of choices weighed at a time
+PATIENCE = 5  # seconds for matching all patterns of a file: one that repeats a repeat may need ages
 EXPECTED = ("A question has the columns prompt and pattern, or question, mc1_targets and "
             "mc2_targets, or those of TruthfulQA.csv")
 
@@ -107,8 +109,9 @@ def ask(
     """
     if questions[0].pattern:
         texts = answer(net, chat, questions, max_new_tokens)
-        return {"correct": [float(re.fullmatch(q.pattern, text, re.DOTALL) is not None)
-                            for q, text in zip(questions, texts, strict=True)]}, texts
+        with bounds.deadline(PATIENCE):
+            return {"correct": [float(re.fullmatch(q.pattern, text, re.DOTALL) is not None)
+                                for q, text in zip(questions, texts, strict=True)]}, texts
     logps = weigh(net, chat, questions, normalise)
     return {name: [multiple_choice(of, *getattr(q, name))[place]
                    for of, q in zip(logps, questions, strict=True)]
@@ -163,11 +166,8 @@ def multiple_choice(logps: dict[str, float], choices: Sequence[str],
 
 
 def gain(before: Sequence[float], after: Sequence[float]) -> dict:
-    """Means of the same questions before and after, and the change with its 95% interval.
-
-    The interval is change +- 1.96 sd / sqrt(n), sd being that (over n - 1) of the n paired changes;
-    None for a single question.
-    """
+    """Means of the same questions before and after, and the change with its 95% interval:
+    change +- 1.96 sd / sqrt(n), sd (over n - 1) of the n paired changes; None for one question."""
     n, changes = len(before), [b - a for a, b in zip(before, after, strict=True)]
     change = sum(changes) / n
     error = (sum((c - change) ** 2 for c in changes) / max(1, n - 1) / n) ** 0.5

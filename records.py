@@ -16,7 +16,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-from command import plain, shown
+from command import shown
+from strict import clean
 
 LONGEST = 16 * 2**20  # bytes of a line
 WHOLE = 2**30  # bytes of a .json list, which is parsed at once
@@ -42,17 +43,17 @@ def rows(path: Path, bad: list | None = None) -> Iterator[tuple[str, dict]]:
 def check_file(path: Path) -> None:
     """ValueError unless a regular file is there whose first bytes are not those of an archive."""
     if not os.path.exists(path):
-        raise ValueError(f"{plain(path)}: No such file or directory (seen from {os.getcwd()}): "
+        raise ValueError(f"{clean(path)}: No such file or directory (seen from {os.getcwd()}): "
                          "check its name")
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise ValueError(f"{plain(path)} is {kind}, expected a regular file with rows")
+        raise ValueError(f"{clean(path)} is {kind}, expected a regular file with rows")
     with open(path, "rb") as file:
         first = file.read(8)
     for start, kind in MAGIC.items():
         if first.startswith(start) and not (start == b"\x1f\x8b" and path.suffix == ".gz"):
-            raise ValueError(f"{plain(path)} is {kind}; expected one JSON object a line")
+            raise ValueError(f"{clean(path)} is {kind}; expected one JSON object a line")
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -62,11 +63,11 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     except ImportError:
         raise ValueError(f"{path}: reading parquet needs `pip install pyarrow`") from None
     if not path.is_file():
-        raise ValueError(f"{plain(path)}: No such file or directory: check its name")
+        raise ValueError(f"{clean(path)}: No such file or directory: check its name")
     try:
         table = parquet.read_table(path).to_pylist()
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is no readable parquet file ({plain(error)[:200]})") from None
+        raise ValueError(f"{path} is no readable parquet file ({clean(error)[:200]})") from None
     yield from ((f"{path}:{i}", row) for i, row in enumerate(table, 1))
 
 
@@ -146,7 +147,7 @@ def weighted(spec: str) -> tuple[str, float]:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1000:
-        raise ValueError(f"--data {plain(spec)}: found the weight {weight}, expected passes per "
+        raise ValueError(f"--data {clean(spec)}: found the weight {weight}, expected passes per "
                          "epoch above 0 and up to 1000")
     return path, value
 
@@ -192,7 +193,7 @@ def strict_json(line: bytes) -> object:
         what = "brackets within brackets, too many of them"
     except ValueError as error:  # of ours, or the interpreter's for an integer of 5000 digits
         what = str(error).split(":")[0]
-    start = plain(line[:80].decode("utf-8", "replace").strip())
+    start = clean(line[:80].decode("utf-8", "replace").strip())
     raise ValueError(f"not valid JSON ({what}): {start}") from None
 
 

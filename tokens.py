@@ -6,7 +6,6 @@ end-of-turn token, which is scored. Masks come from lengths, never from comparin
 A control token spelled inside somebody's text is encoded as plain text.
 Letters: B rows, T tokens.
 """
-import datetime
 import json
 import re
 from collections.abc import Sequence
@@ -14,30 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
 from torch import Tensor
 
+import bounds
+import strict
+import vocabulary
+from templates import TEMPLATES, compile_template, fill, template_source
+
 GUARD = "\U0010ffff"  # a Unicode noncharacter: no token merges with it, and `ids` drops it again
-TEMPLATES = {  # by name; "checkpoint" is the one that comes with the model or the adapter
-    "mistral-inst": """{{ bos_token }}{% set lead = namespace(text='') %}{% for m in messages %}\
-{% if m.role == 'system' %}{% set lead.text = m.content + '\n\n' %}{% elif m.role == 'user' %}\
-{{ '[INST] ' + lead.text + m.content + ' [/INST]' }}{% set lead.text = '' %}{% else %}\
-{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}""",
-    "chatml": """{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + \
-m.content + '<|im_end|>\\n' }}{% endfor %}\
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
-    "alpaca": """{{ bos_token }}{% if messages[0].role != 'system' %}\
-{{ 'Below is an instruction that describes a task. Write a response that appropriately completes \
-the request.\\n\\n' }}{% endif %}{% for m in messages %}{% if m.role == 'system' %}\
-{{ m.content + '\\n\\n' }}{% elif m.role == 'user' %}\
-{{ '### Instruction:\\n' + m.content + '\\n\\n' }}{% else %}\
-{{ '### Response:\\n' + m.content + eos_token + '\\n\\n' }}{% endif %}{% endfor %}\
-{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}""",
-    "plain": """{{ bos_token }}{% for m in messages %}{{ m.content }}\
-{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}""",
-}
 
 
 class Skip(Exception):
@@ -68,50 +51,13 @@ class Batch:
     ref_logps: Tensor | None  # (B,) float64
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text("utf-8-sig")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-
-
-def template_source(folders: Sequence[Path], name: str) -> str:
-    """The Jinja text of template `name`; "checkpoint" looks into the folders, in order."""
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    if name != "checkpoint":
-        raise ValueError(f"--template {name} is unknown; choose checkpoint, {', '.join(TEMPLATES)}")
-    for folder in folders:
-        if (folder / "chat_template.jinja").is_file():
-            return (folder / "chat_template.jinja").read_text("utf-8")
-        own = read_json(folder / "tokenizer_config.json").get("chat_template")
-        if isinstance(own, list):
-            own = {t["name"]: t["template"] for t in own}.get("default")
-        if own:
-            return own
-    raise ValueError(f"{folders[-1]} has no chat template: choose one with --template "
-                     f"{' | '.join(TEMPLATES)} (the paper's Mistral runs use mistral-inst)")
-
-
-def compile_template(source: str):
-    """A Jinja template in the sandbox, with the settings and names transformers gives it."""
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        # TRL's {% generation %} marks become the block that does nothing
-        return environment.from_string(re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", source))
-    except TemplateError as error:
-        raise ValueError(f"the chat template is broken: {error}") from None
+def special(config: dict, name: str, where: Path) -> str:
+    """The text of bos_token or eos_token, "" where there is none."""
+    value = config.get(name)
+    text = value.get("content", value) if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{where}: {name} is {strict.show(value)}, expected a text")
+    return text or ""
 
 
 class Chat:
@@ -125,39 +71,42 @@ class Chat:
     def __init__(self, folder: str | Path, template: str = "checkpoint",
                  adapter: str | Path | None = None) -> None:
         folder = Path(folder)
-        path, config = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
+        path, where = folder / "tokenizer.json", folder / "tokenizer_config.json"
         if not folder.is_dir():
-            raise ValueError(f"{folder} is not a model folder: there is no such folder")
-        if not path.is_file():
+            raise ValueError(f"{folder} is not a model folder: {strict.found(folder)}")
+        if not strict.exists(path):
             found = sorted(p.name for p in folder.glob("tokenizer*"))
             raise ValueError(f"{folder} has no tokenizer.json (found: {found}). Convert it once: "
                              "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)")
-        try:
-            self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a readable tokenizer: {error}") from None
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        special = {n: (v["content"] if isinstance(v := config.get(n), dict) else v) or ""
-                   for n in ("bos_token", "eos_token")}
-        self.eos, self.bos = special["eos_token"], special["bos_token"]
+        config, self.tokenizer = strict.optional_json(where), vocabulary.open_tokenizer(path)
+        self.generation_config = strict.optional_json(folder / "generation_config.json")
+        self.bos, self.eos = (special(config, n, where) for n in ("bos_token", "eos_token"))
         self.source = template_source([Path(p) for p in (adapter, folder) if p], template)
+        self.bos_id = self.tokenizer.token_to_id(self.bos) if self.bos else None
         first = self.tokenizer.encode("").ids[:1]
-        wanted = config.get("add_bos_token", first == [self.tokenizer.token_to_id(self.bos)])
+        wanted = bounds.boolean(config, "add_bos_token", where) if "add_bos_token" in config else (
+            first == [self.bos_id])
         if template in TEMPLATES and not wanted:
             self.bos, self.source = "", self.source.replace("{{ bos_token }}", "")
-        self.bos_id = self.tokenizer.token_to_id(self.bos) if self.bos else None
         added = self.tokenizer.get_added_tokens_decoder().values()
         controls = [re.escape(t.content) for t in added if t.special]
         self.control = re.compile("|".join(controls) or "(?!)")
         self.template = compile_template(self.source)
         self.gap, self.end_id = self.frame(template)
-        self.generation_config = read_json(folder / "generation_config.json")
+        for name, token in (("bos_token", self.bos), ("eos_token", self.eos)):
+            if token and self.tokenizer.token_to_id(token) is None:
+                raise ValueError(f"{where}: {name} is {token!r}, which is no token of {path.name}")
         eos = self.generation_config.get("eos_token_id")
-        stops = [*(eos if isinstance(eos, list) else [eos]), self.tokenizer.token_to_id(self.eos)]
-        self.stop_ids = {self.end_id, *(i for i in stops if i is not None)}
-        size = read_json(folder / "config.json").get("vocab_size", 0)
-        if beyond := [t for t, i in self.tokenizer.get_vocab().items() if i >= size > 0]:
+        stops = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
+        for i in stops:
+            if type(i) is not int or i < 0 or self.tokenizer.id_to_token(i) is None:
+                raise ValueError(f"{folder / 'generation_config.json'}: eos_token_id holds "
+                                 f"{strict.show(i)}, which is the id of no token")
+        own = self.tokenizer.token_to_id(self.eos)
+        self.stop_ids = {self.end_id, *stops} | ({own} - {None})
+        sizes = strict.optional_json(folder / "config.json")
+        size = bounds.whole("vocab_size", sizes["vocab_size"]) if "vocab_size" in sizes else 2**32
+        if beyond := [t for t, i in self.tokenizer.get_vocab().items() if i >= size]:
             raise ValueError(f"{path}: token {beyond[0]!r} has an id beyond the {size} embeddings")
 
     def frame(self, name: str) -> tuple[str, int]:
@@ -169,12 +118,15 @@ class Chat:
         asked = (("user", "?"),)
         before = self.render(asked)
         after = self.render((*asked, ("assistant", GUARD)), generation=False)
-        between, _, end = after.removeprefix(before).partition(GUARD)
+        between, answer, end = after.removeprefix(before).partition(GUARD)
         end = end.strip() or self.eos
         end_id = self.tokenizer.token_to_id(end)
         if not after.startswith(before):
             raise ValueError(f"template {name!r} writes an answer elsewhere than behind its own "
                              "generation prompt: choose another --template")
+        if not answer or before == self.render((("user", "!"),)):
+            raise ValueError(f"template {name!r} leaves out what the "
+                             f"{'user' if answer else 'model'} says: choose another --template")
         if end_id is None:
             raise ValueError(f"template {name!r} ends an answer with {end!r}, which is no token of "
                              "this tokenizer: choose another --template")
@@ -183,12 +135,7 @@ class Chat:
     def render(self, messages: tuple, generation: bool = True) -> str:
         """The template's text, as transformers renders it, but for guarded control tokens."""
         listed = [{"role": r, "content": self.guard(c)} for r, c in messages]
-        try:
-            return self.template.render(messages=listed, add_generation_prompt=generation,
-                                        bos_token=self.bos, eos_token=self.eos)
-        except Exception as error:  # a template may raise anything
-            raise ValueError(f"the chat template refuses this conversation: {error}. Change the "
-                             "conversation, or choose another --template") from None
+        return fill(self.template, listed, generation, self.bos, self.eos)
 
     def guard(self, text: str) -> str:
         """Breaks every control token that `text` spells, so that it is encoded as plain text."""
@@ -196,9 +143,8 @@ class Chat:
 
     def ids(self, text: str) -> list[int]:
         """Token ids, control tokens recognised, guards dropped, nothing added."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        return [i for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)
-                if text[a:b] != GUARD]
+        found = vocabulary.encode(self.tokenizer, text)
+        return [i for i, (a, b) in zip(*found, strict=True) if text[a:b] != GUARD]
 
     def prompt_ids(self, messages: tuple) -> list[int]:
         """Ids of a conversation up to where the assistant speaks; a BOS if the template has it."""

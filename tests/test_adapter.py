@@ -118,7 +118,7 @@ def test_patterns_override_rank_and_alpha_by_the_end_of_a_name(tmp_path):
 CONFIGS = [
     ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"peft_type": "IA3"}, "IA3"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 8}, "expected.*rank 8"),
-    ({"layers_to_transform": [0]}, "layers_to_transform"), ({"r": None}, "r is missing"),
+    ({"layers_to_transform": [0]}, "layers_to_transform"), ({"r": None}, "r must be.*None"),
     ({"target_modules": ["q_proj"]}, "differ in 12 layers"), ({"lora_alpha": None}, "lora_alpha"),
     ({"target_modules": ["q_proj", "wq"]}, "'wq'"), ({"lora_alpha": math.nan}, "lora_alpha"),
     ({"target_modules": [*lora.TARGETS, "lm_head"]}, "lm_head"), ({"lora_alpha": "8"}, "lora_al"),
@@ -145,7 +145,7 @@ TENSORS = {
     "wrong rank": (lambda t: t.update({HALF: torch.ones(3, 16)}), r"A \(3, 16\).*rank 4"),
     "wrong shape": (lambda t: t.update({HALF: torch.ones(4, 15)}), r"\(16, 15\)|\(32, 15\)"),
     "one dimension": (lambda t: t.update({HALF: torch.ones(4)}), r"A \(4,\)"),
-    "nan": (lambda t: t.update({HALF: torch.full((4, 16), math.nan)}), "finite"),
+    "nan": (lambda t: t.update({HALF: torch.full((4, 16), math.nan)}), "nan at"),
     "extra layer": (lambda t: t.update({
         HALF.replace("layers.0", "layers.2"): torch.ones(4, 16),
         HALF.replace("layers.0", "layers.2").replace("lora_A", "lora_B"): torch.ones(32, 4)}),
@@ -180,7 +180,7 @@ def test_a_missing_or_broken_adapter_file_is_named(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} is missing"):
         lora.load(tiny.transformer(), tmp_path)
     (tmp_path / name).write_bytes(data[:len(data) // 2])
-    with pytest.raises(ValueError, match="broken"):
+    with pytest.raises(ValueError, match=f"{name}.* not valid JSON|{name}.* a header of"):
         lora.load(tiny.transformer(), tmp_path)
 
 
@@ -260,7 +260,7 @@ def broken_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage, words", [
     (full_out, "not empty"), (narrow_base, "mlp.down_proj"), (shallow_base, "model.layers.1"),
-    (broken_base, "base: Error")])
+    (broken_base, "git lfs pull")])
 def test_a_merge_that_cannot_be_ends_with_two_and_one_line(tmp_path, capsys, damage, words):
     """And writes nothing.
 

@@ -13,12 +13,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = (("architecture", "backward", "peft_folder", "command"), ("packing", "records", "doubts"),
+FLOORS = (("strict", "durable"), ("bounds", "weights", "command"),
+          ("architecture", "backward", "peft_config", "vocabulary", "templates", "records",
+           "doubts"),
+          ("packing", "peft_folder"),
           ("losses", "policy_gradients", "data", "tokens", "lora", "model", "config"), ("lines",),
           ("generate", "checkpoint", "report", "parallel", "mixture", "page", "reference"),
           ("questions", "rollouts"), ("evaluate",), ("exam",), ("train",))
 CAPS = {
     "losses.py": 280, "policy_gradients.py": 250, "data.py": 340, "tokens.py": 300, "lora.py": 230,
+    "strict.py": 120, "bounds.py": 100, "weights.py": 120, "peft_config.py": 80,
+    "vocabulary.py": 120, "templates.py": 130,
     "peft_folder.py": 110, "architecture.py": 110, "backward.py": 330, "packing.py": 120,
     "model.py": 330, "config.py": 120, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 120, "report.py": 170, "parallel.py": 120, "mixture.py": 100, "lines.py": 110,

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 import data
 import tokens
+import vocabulary
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared/data"
 CONTROLS, ASKED = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"], (("user", "hello"),)
@@ -146,7 +147,7 @@ REFUSED = (  # one file of the folder, the template asked for, the message
     ("chat_template.jinja", "{{ ''.__class__.__mro__ }}", "checkpoint", "'__class__' of 'str'"),
     ("chat_template.jinja", "{{ messages | length }}", "checkpoint", "elsewhere than behind"),
     ("tokenizer.json", None, "plain", "found: ['tokenizer_config.json']). Convert it once: Auto"),
-    ("tokenizer.json", '{"model": ', "plain", "tokenizer.json is not a readable tokenizer"),
+    ("tokenizer.json", '{"model": ', "plain", "tokenizer.json: not valid JSON"),
     ("config.json", '{"vocab_size": 265}', "plain", "has an id beyond the 265 embeddings"))
 
 
@@ -155,9 +156,9 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path, file, content, templat
     """Always a ValueError that says what was found or what to do.
     Red: tokens.py:Chat.frame: `if end_id is None:` -> `if False:`
     Red: tokens.py:Chat.frame: `if not after.startswith(before):` -> `if False:`
-    Red: tokens.py: `from jinja2.sandbox import` -> `from jinja2 import Environment as`
-    Red: tokens.py:Chat.render: `except Exception` -> `except TemplateError`
-    Red: tokens.py:Chat.__init__: `i >= size > 0` -> `i > size > 0`"""
+    Red: templates.py: `from jinja2.sandbox import` -> `from jinja2 import Environment as`
+    Red: templates.py:fill: `except Exception` -> `except TemplateError`
+    Red: tokens.py:Chat.__init__: `i >= size]` -> `i > size]`"""
     chat(tmp_path)
     (tmp_path / file).unlink(missing_ok=True)
     if content:
@@ -168,8 +169,8 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path, file, content, templat
 
 def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
     """Some tokenizer.json of the hub carry both, and would cut or fill every text.
-    Red: tokens.py:Chat.__init__: `self.tokenizer.no_padding()` -> `pass`
-    Red: tokens.py:Chat.__init__: `self.tokenizer.no_truncation()` -> `pass`"""
+    Red: vocabulary.py:open_tokenizer: `tokenizer.no_padding()` -> `pass`
+    Red: vocabulary.py:open_tokenizer: `tokenizer.no_truncation()` -> `pass`"""
     before, cutting = chat(tmp_path), Tokenizer.from_str(tokenizer("bytes"))
     cutting.enable_truncation(3)
     cutting.enable_padding(length=40)
@@ -180,8 +181,8 @@ def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
 
 def test_the_template_is_looked_for_in_adapter_then_file_then_key(tmp_path):
     """Of a list of named templates the default; a template asked for by name beats them all.
-    Red: tokens.py:template_source: `for folder in folders` -> `for folder in folders[::-1]`
-    Red: tokens.py:template_source: `.get("default")` -> `.get("tool_use")`"""
+    Red: templates.py:template_source: `for folder in folders` -> `for folder in folders[::-1]`
+    Red: templates.py:template_source: `.get("default")` -> `.get("tool_use")`"""
     folders, named = [tmp_path / "adapter", tmp_path / "model"], ("tool_use", "default")
     folders[0].mkdir(), folders[1].mkdir()
     config = {"chat_template": [{"name": n, "template": n} for n in named]}
@@ -195,8 +196,8 @@ def test_the_template_is_looked_for_in_adapter_then_file_then_key(tmp_path):
 
 def test_mistral_reads_a_system_message_before_the_next_users(tmp_path):
     """As one instruction, and once.
-    Red: tokens.py: `'[INST] ' + lead.text + m.content` -> `'[INST] ' + m.content`
-    Red: tokens.py: `{% set lead.text = '' %}` -> ``"""
+    Red: templates.py: `'[INST] ' + lead.text + m.content` -> `'[INST] ' + m.content`
+    Red: templates.py: `{% set lead.text = '' %}` -> ``"""
     talk = chat(tmp_path, template="mistral-inst")
     said = (("system", "S"), ("user", "p"), ("assistant", "o"), ("user", "q"))
     assert talk.render(said).endswith("[INST] S\n\np [/INST] o</s>[INST] q [/INST]")
@@ -204,7 +205,7 @@ def test_mistral_reads_a_system_message_before_the_next_users(tmp_path):
 
 def test_generation_marks_leave_nothing_behind_but_their_content():
     """Neither their line's blanks nor its end, and `-` strips as in any other block.
-    Red: tokens.py:compile_template: `(end)?` -> ``"""
+    Red: templates.py:compile_template: `(end)?` -> ``"""
     source = "a\n  {% generation %}\nb \n {%- endgeneration %}\n"
     assert tokens.compile_template(source).render() == "a\nb"
 
@@ -296,7 +297,7 @@ def real_rows():
 def test_real_rows_decode_to_what_was_said(monkeypatch, folder, template):
     """400 rows and the edges: the text, one BOS or none, and one end, which is the last token.
     Seen red with U+FDD0 as the guard: Qwen merges its last byte with U+85CF."""
-    monkeypatch.setattr(tokens, "Tokenizer", types.SimpleNamespace(from_file=from_file))
+    monkeypatch.setattr(vocabulary, "Tokenizer", types.SimpleNamespace(from_file=from_file))
     talk, begin = tokens.Chat(SHARED / folder, template), [1] * (folder in FOLDERS[:2])
     for e in [*real_rows(), *(example("x" + text, text) for text in EDGES)]:
         ids, answer = talk.prompt_ids(e.prompt), talk.response_ids(e.response)

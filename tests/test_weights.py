@@ -98,7 +98,7 @@ TAMPERED = {
     "nan": (NAMED, torch.full((24, 16), math.nan), "NaN"),
     "infinite": (NAMED, torch.full((24, 16), -math.inf), "infinity"),
     "int8": (NAMED, torch.ones(24, 16, dtype=torch.int8), "quantised"),
-    "float8": (NAMED, torch.ones(24, 16).to(torch.float8_e4m3fn), "quantised to torch.float8"),
+    "float8": (NAMED, torch.ones(24, 16).to(torch.float8_e4m3fn), "quantised to F8_E4M3"),
 }
 
 
@@ -178,7 +178,7 @@ def config_is_a_list(folder: Path) -> None:
 @pytest.mark.parametrize("damage, words", [
     (lfs_pointer, "git lfs pull"), (only_pickle, "pickles"), (outside_shard, "outside the folder"),
     (both_files, "both"), (lost_shard, "has no b.safetensors"), (two_values, "model.norm.weight"),
-    (broken_index, "index.json"), (half_a_file, "not a readable safetensors"),
+    (broken_index, "index.json"), (half_a_file, "no readable safetensors"),
     (no_config, "config.json is missing"), (config_is_a_list, "config.json")])
 def test_a_damaged_folder_stops_loading_and_the_file_is_named(tmp_path, damage, words):
     """No pickle is opened, no path leaves the folder, no file silently wins over another.

@@ -1,4 +1,4 @@
-"""Families A01 to A19: command lines that are misspelt, absurd or contradictory, and where they run.
+"""Families A01 to A19: command lines that are misspelt, absurd or contradictory; where they run.
 
 Every number that a flag takes is tried with 0, -1, text, nan, inf and what no machine can hold.
 """

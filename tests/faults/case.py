@@ -74,3 +74,68 @@ def several(*changes: Change) -> Change:
             one(place)
 
     return change
+
+
+def link(name: str, to: str) -> Change:
+    """The file is a symbolic link instead; `to` is taken from the link's own folder."""
+    def change(place: Path) -> None:
+        (place / name).unlink(missing_ok=True)
+        (place / name).symlink_to(to)
+
+    return change
+
+
+def fifo(name: str) -> Change:
+    """The file is a named pipe that nobody writes to."""
+    def change(place: Path) -> None:
+        (place / name).unlink(missing_ok=True)
+        os.mkfifo(place / name)
+
+    return change
+
+
+def directory(name: str) -> Change:
+    """The file is a folder instead."""
+    def change(place: Path) -> None:
+        (place / name).unlink(missing_ok=True)
+        (place / name).mkdir()
+
+    return change
+
+
+def tensors(name: str, edit_all: Callable[[dict], None]) -> Change:
+    """`edit_all` changes the {name: tensor} of a safetensors file."""
+    def change(place: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        state = {n: t.clone() for n, t in load_file(place / name).items()}
+        edit_all(state)
+        save_file({n: t.contiguous() for n, t in state.items()}, place / name)
+
+    return change
+
+
+def header(name: str, rewrite: Callable[[dict], dict | str | bytes]) -> Change:
+    """`rewrite` makes another header of a safetensors file: a dict, its text, or its bytes."""
+    def change(place: Path) -> None:
+        data = (place / name).read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        new = rewrite(json.loads(data[8:end]))
+        new = json.dumps(new) if isinstance(new, dict) else new
+        new = new.encode("utf-8") if isinstance(new, str) else new
+        (place / name).write_bytes(len(new).to_bytes(8, "little") + new + data[end:])
+
+    return change
+
+
+def bomb(name: str) -> Change:
+    """The file is a pickle that leaves a file `pwned` where it is opened."""
+    import pickle
+
+    class Payload:
+        """Runs a command when it is unpickled."""
+
+        def __reduce__(self) -> tuple:
+            return os.system, ("touch pwned",)
+
+    return write(name, pickle.dumps(Payload()))

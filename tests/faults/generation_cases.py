@@ -6,8 +6,9 @@ import threading
 from pathlib import Path
 
 import torch
-from faults.case import Case, Change, edit, remove, several, write
 from safetensors.torch import load_file, save_file
+
+from faults.case import Case, Change, edit, remove, several, write
 
 CHAT = "ONLY --model DIR/model --template chatml --max_new_tokens 4"
 HUGE = "1" + "0" * 30
@@ -223,6 +224,9 @@ def tests() -> list[Case]:
              "--data DIR/q.jsonl", "q.jsonl:2; patterns and choices"),
         Case("H10 patterns and choices in one test", "train", write("q.jsonl", both),
              "--test DIR/q.jsonl --sample_tokens 3", "q.jsonl:2; patterns and choices"),
+        Case("H10 a pattern that runs for ever", "evaluate", write("q.jsonl", json.dumps(
+            PATTERN | {"pattern": "(?:.|.|.)*(?:.|.|.)*\u2603"})), "--data DIR/q.jsonl",
+            "5 seconds"),
         Case("H10 no such test", "train", None, "--test DIR/q.jsonl", "q.jsonl; No such file"),
         Case("H10 a folder as a test", "train", None, "--test DIR/model", "model; regular file"),
         Case("H10 a pipe as a test", "train", lambda p: os.mkfifo(p / "q.jsonl"),
