@@ -2,8 +2,7 @@
 
 A question is answered or chosen. Answered: the WHOLE greedy answer must match a regular expression.
 Chosen: the policy weighs given answers by their log-probability, as in TruthfulQA. A file holds
-one kind, a row each: prompt + pattern; question + mc1_targets + mc2_targets (TruthfulQA on the
-hub); or the columns of TruthfulQA.csv.
+one kind, a row each: prompt + pattern; question + mc1_targets + mc2_targets; or TruthfulQA.csv's.
 """
 import re
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from command import shown
 
 BATCH = 256  # prompts answered at a time
 BUDGET = 8192  # tokens of choices weighed at a time
-PATIENCE = 5  # seconds for matching all patterns of a file: one that repeats a repeat may need ages
 EXPECTED = ("A question has the columns prompt and pattern, or question, mc1_targets and "
             "mc2_targets, or those of TruthfulQA.csv")
 
@@ -39,7 +37,7 @@ class Question:
 
 def is_questions(path: Path) -> bool:
     """Whether a file holds questions, as a feedback file does not."""
-    _, first = next(records.rows(path), ("", {}))
+    first = next(records.rows(path), ("", {}))[1]
     return path.suffix == ".csv" or not first.keys().isdisjoint({"pattern", "mc1_targets"})
 
 
@@ -56,9 +54,8 @@ def hub_form(row: dict) -> dict:
 def parse(row: dict) -> Question:
     """The question of a row; further columns are ignored."""
     if "pattern" in row:
-        pattern = data.text(row["pattern"], "pattern")
-        re.compile(pattern)
-        out = Question(data.turns(row["prompt"], "user", "prompt"), pattern)
+        re.compile(data.text(row["pattern"], "pattern"))
+        out = Question(data.turns(row["prompt"], "user", "prompt"), row["pattern"])
     else:
         row = hub_form(row) if "Best Answer" in row else row
         sets = [choices(row[name], name) for name in ("mc1_targets", "mc2_targets")]
@@ -88,8 +85,8 @@ def read(path: str | Path) -> list[Question]:
         try:
             out.append(parse(row))
         except (KeyError, ValueError, re.error, OverflowError, RecursionError) as error:
-            what = {KeyError: "no column ", ValueError: ""}.get(
-                type(error), "the pattern is no regular expression: ")
+            what = "no column " if isinstance(error, KeyError) else "" if isinstance(
+                error, ValueError) else "the pattern is no regular expression: "
             raise ValueError(f"{where}: {what}{error}. {EXPECTED}") from None
         if bool(out[-1].pattern) != bool(out[0].pattern):
             raise ValueError(f"{where}: patterns and choices in one file: make two files of it")
@@ -104,14 +101,17 @@ def ask(
 ) -> tuple[dict[str, list[float]], list[str]]:
     """(scores by question, answers): "correct" and the texts; or "mc1" and "mc2", and no text.
 
-    An answer that has not ended after max_new_tokens is judged by the text it has. normalise
-    weighs choices by mean log-probs.
+    An answer cut at max_new_tokens is judged as it is; normalise weighs choices by mean log-probs.
     """
     if questions[0].pattern:
         texts = answer(net, chat, questions, max_new_tokens)
-        with bounds.deadline(PATIENCE):
-            return {"correct": [float(re.fullmatch(q.pattern, text, re.DOTALL) is not None)
-                                for q, text in zip(questions, texts, strict=True)]}, texts
+        try:
+            with bounds.deadline(2):  # seconds: a repeated repeat may need ages
+                right = [re.fullmatch(q.pattern, text, re.DOTALL) is not None
+                         for q, text in zip(questions, texts, strict=True)]
+        except TimeoutError as error:
+            raise ValueError(f"patterns: {error}; repeat nothing that repeats itself") from None
+        return {"correct": [float(r) for r in right]}, texts
     logps = weigh(net, chat, questions, normalise)
     return {name: [multiple_choice(of, *getattr(q, name))[place]
                    for of, q in zip(logps, questions, strict=True)]

@@ -104,10 +104,11 @@ def adapters() -> list[Case]:
                "the model": (None, "model", "model; adapter_config.json"),
                "an empty folder": (lambda p: (p / "e").mkdir(), "e", "adapter_config.json"),
                "no weights": (remove(name), "adapter", "adapter_model.safetensors"),
-               "broken weights": (write(name, "x"), "adapter", "adapter; broken"),
+               "broken weights": (write(name, "x"), "adapter", "model.safetensors; readable"),
                "another model's": (None, "other", "adapter and model differ")}
     out = [Case(f"H07 the adapter is {n}, {program}", program, change, f"--adapter DIR/{path}",
-                words) for n, (change, path, words) in folders.items() for program in ("generate", "evaluate")]
+                words)
+           for n, (change, path, words) in folders.items() for program in ("generate", "evaluate")]
     finite = "not finite"
     return out + [
         Case("H07 logits that are no numbers", "generate", big, "--adapter DIR/adapter", finite),
@@ -226,7 +227,7 @@ def tests() -> list[Case]:
              "--test DIR/q.jsonl --sample_tokens 3", "q.jsonl:2; patterns and choices"),
         Case("H10 a pattern that runs for ever", "evaluate", write("q.jsonl", json.dumps(
             PATTERN | {"pattern": "(?:.|.|.)*(?:.|.|.)*\u2603"})), "--data DIR/q.jsonl",
-            "5 seconds"),
+            "patterns; 2 seconds"),
         Case("H10 no such test", "train", None, "--test DIR/q.jsonl", "q.jsonl; No such file"),
         Case("H10 a folder as a test", "train", None, "--test DIR/model", "model; regular file"),
         Case("H10 a pipe as a test", "train", lambda p: os.mkfifo(p / "q.jsonl"),
