@@ -71,7 +71,9 @@ class Parser(argparse.ArgumentParser):
         """Exits with code 2."""
         known = sorted(set(re.findall(r"--\w+", self.format_help())))
         asked = message.partition("unrecognized arguments: ")[2].split()
-        near = [f"{word} may be {' or '.join(found)}" for word in (w.split("=")[0] for w in asked)
-                if word.startswith("-") and (found := difflib.get_close_matches(word, known, 2))]
+        asked = [word.split("=")[0] for word in asked if word.startswith("-")]
+        near = [f"{word} may be {' or '.join(found)}" for word in asked if (
+            found := [k for k in known if k.startswith(word)][:3]
+            or difflib.get_close_matches(word, known, 2))]
         hint = f" ({'; '.join(near)})" if near else ""
         stop(self.prog, ValueError(f"{message}{hint}; --help lists the flags"))

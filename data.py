@@ -207,7 +207,7 @@ def parse(row: dict, where: str, score_range: tuple[float, float]) -> tuple[str,
 
     But for feedback that its format does not read, and for names that look misspelt: ValueError.
     """
-    doubts.check_names(row.keys(), ALIASES)
+    doubts.check_names(row.keys(), ALIASES | {"answer": "response"})
     named = {ALIASES.get(k, k): v for k, v in row.items()}
     if len(named) < len(row):
         raise ValueError(f"two columns for one thing among {shown(sorted(row))}: rename or remove "

@@ -14,6 +14,7 @@ from command import shown
 FEEDBACK = {"score", "label", "chosen", "rejected", "helpfulness", "correctness", "coherence",
             "rating", "reward", "response"}
 UNREAD = {"pairs": {"score", "label"}}  # what a format must not meet, if not FEEDBACK
+SPARE = FEEDBACK - UNREAD["pairs"] | {"answer", "data"}  # what pairs may carry beside their own
 KNOWN = FEEDBACK | {"prompt", "messages", "data", "answer", "system", "history", "input",
                     "metadata", "score_chosen", "score_rejected"}
 
@@ -48,8 +49,8 @@ def near(a: str, b: str) -> bool:
 @lru_cache(1024)
 def misspelt(columns: frozenset[str], like: tuple) -> tuple[str, str] | None:
     """(column, known name it is near to) of the first that stands for one that is not there."""
-    there = columns | {known for name, known in like if name in columns}
-    known = KNOWN | {name for name, _ in like}
+    there, known = {dict(like).get(c, c) for c in columns}, KNOWN | {name for name, _ in like}
+    there |= SPARE if there >= {"chosen", "rejected"} else set()
     wanted = sorted(k for k in known if dict(like).get(k, k) not in there)
     return next(((c, k) for c in sorted(columns - known) for k in wanted if near(c[:99], k)), None)
 

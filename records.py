@@ -21,7 +21,7 @@ from strict import clean
 
 LONGEST = 16 * 2**20  # bytes of a line
 WHOLE = 2**30  # bytes of a .json list, which is parsed at once
-GROWTH = 200  # bytes of text that a byte of gzip may hold, beyond the first 64 MiB: text has 20
+GROWTH, SLACK = 200, 2**26  # bytes of text in a byte of gzip, beyond the first 64 MiB: usual is 20
 MAGIC = {b"PK\x03\x04": "a zip archive: unpack it", b"PAR1": "a parquet file: call it .parquet",
          b"\x1f\x8b": "compressed with gzip: call it .gz", b"BZh": "compressed: unpack it",
          b"\xfd7zXZ": "compressed: unpack it", b"\x28\xb5\x2f\xfd": "compressed: unpack it"}
@@ -103,7 +103,7 @@ def all_of(path: Path, file: IO[bytes]) -> list[tuple[int, bytes]]:
 
 def largest(path: Path) -> int:
     """Bytes that may come out of a file: a small gzip that holds a huge one is no data."""
-    return max(2**26, GROWTH * path.stat().st_size) if path.suffix == ".gz" else 2**62
+    return max(SLACK, GROWTH * path.stat().st_size) if path.suffix == ".gz" else 2**62
 
 
 def numbered(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:

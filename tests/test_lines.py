@@ -242,6 +242,19 @@ def test_dropped_rows_of_a_large_file_are_listed_once_when_met_also_after_a_stop
     assert lists[0] == lists[1] and lists[0].count("\n") == len(set(lists[0].splitlines())) == 12
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    """Its offsets would lead into the middle of other rows.
+    Red: records.py:read_line: `known and stamp(file) != known` -> `False`
+    Red: lines.py:Lines.line: `, self.known)` -> `)`"""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(TEXTS), "utf-8")
+    found = lines.Lines(path)
+    assert found[1]
+    path.write_text("\n".join(TEXTS[1:]), "utf-8")
+    with pytest.raises(ValueError, match="rows.jsonl has changed"):
+        found[1]
+
+
 def test_a_bad_line_of_a_large_file_stops_the_run_with_a_sentence(
         tmp_path, base, monkeypatch, capsys):
     """Red: lines.py:Lines.__getitem__: `[(n + 1, ` -> `[(0, `"""
