@@ -72,8 +72,8 @@ def rope_parameters(raw: dict) -> dict:
     """{rope_type, rope_theta, ...} from rope_parameters (new), or rope_theta and rope_scaling."""
     name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     rope = raw.get(name) or {}
-    if type(rope) is not dict:
-        raise ValueError(f"{name} must be an object, found {strict.show(rope)}")
+    if type(rope) is not dict or any(type(value) is dict for value in rope.values()):
+        raise ValueError(f"{name} must be an object of numbers, found {strict.show(rope)}")
     rope = {"rope_type": rope.get("type", "default"), "rope_theta": raw.get("rope_theta")} | rope
     if rope["rope_theta"] is None and raw["model_type"] == "llama":
         rope["rope_theta"] = 10000.0  # what Llama 1 and 2 leave out

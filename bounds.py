@@ -1,5 +1,6 @@
-"""What a file may ask for: numbers in range, patterns that end, and no more than so much time."""
+"""What a file may ask for: numbers in range, patterns that end, so much time and memory."""
 import contextlib
+import os
 import re
 import signal
 import threading
@@ -83,3 +84,21 @@ def deadline(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def memory(size: int) -> Iterator[None]:
+    """MemoryError where the process would grow by more bytes, on Linux; for while it loads."""
+    if not os.path.exists("/proc/self/statm"):
+        yield
+        return
+    import resource  # Unix has it
+    with open("/proc/self/statm", encoding="ascii") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = min(n for n in (soft, hard, now + size) if n != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

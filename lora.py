@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import backward
-import bounds
+import peft_config
 import peft_folder
 import strict
 
@@ -72,21 +71,9 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def matching(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Names of the linear layers that `targets` selects, as PEFT reads target_modules.
-
-    A list holds full names or their last parts; a string is a regular expression for the full
-    name, or "all-linear" (everything but lm_head). A target that matches nothing: ValueError.
-    """
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)]
-    listed = [] if isinstance(targets, str) else targets
-    patterns = {t: re.compile(rf"(.*\.)?{re.escape(t)}") for t in listed} or {
-        targets: re.compile(r"(?!.*\blm_head$).*") if targets == "all-linear" else
-        bounds.pattern(targets, "target_modules")}
-    found = {t: [n for n in linear if p.fullmatch(n)] for t, p in patterns.items()}
-    for target in (t for t in found if not found[t]):
-        last = sorted({n.split(".")[-1] for n in linear})
-        raise ValueError(f"LoRA target {target!r} matches no linear layer; the model has {last}")
-    return [n for n in linear if any(n in names for names in found.values())]
+    """Names of the linear layers that `targets` selects; see peft_config.select."""
+    return peft_config.select([n for n, m in model.named_modules()
+                               if isinstance(m, nn.Linear | LoRALinear)], targets)
 
 
 def attach(model: nn.Module, name: str, r: int, scale: float, dropout: float) -> LoRALinear:
@@ -185,8 +172,11 @@ def load(model: nn.Module, folder: str | Path) -> None:
     if adapters(model):
         raise ValueError("the model already carries adapters: merge and remove them first")
     want = {n: (len(b), a.shape[1]) for n, (a, b, _) in layers.items()}
-    have = {n: tuple(model.get_submodule(n).weight.shape)
-            for n in matching(model, config["target_modules"])}
+    try:
+        selected = matching(model, config["target_modules"])
+    except ValueError as error:
+        raise ValueError(f"{folder}: target_modules: {error}") from None
+    have = {n: tuple(model.get_submodule(n).weight.shape) for n in selected}
     if odd := sorted(n for n in want | have if want.get(n) != have.get(n)):
         raise ValueError(f"{folder}: adapter and model differ in {len(odd)} layers, first {odd[0]}:"
                          f" {want.get(odd[0], 'nothing')} there, {have.get(odd[0], 'no target')} "

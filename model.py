@@ -235,6 +235,10 @@ def resolve(name: str) -> Path:
         raise ValueError(f"{name} is not a folder here, and fetching it failed: {reason}") from None
 
 
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(weights.headers(folder))
+
+
 def check_tensors(state: dict[str, Tensor], want: dict[str, Tensor],
                   found: dict[Path, weights.Header], tied: bool) -> None:
     """ValueError unless `state` holds exactly the tensors of `want`, finite and of their shape."""

@@ -1,5 +1,6 @@
 """adapter_config.json: the settings of a plain LoRA, and nothing that is more than that."""
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import bounds
@@ -16,7 +17,8 @@ def read(path: Path) -> dict:
     """adapter_config.json of a plain LoRA, every number of its kind and range."""
     config = {"bias": "none", "lora_dropout": 0.0} | strict.read_json(path)
     init = config.get("init_lora_weights")
-    odd = [key for key in config.keys() - PLAIN if config[key]]
+    odd = [key for key in config.keys() - PLAIN if config[key] is not False
+           and config[key] not in (None, "", [], {})]
     odd += [key for key, good in (("peft_type", ("LORA",)), ("bias", ("none",)),
                                   ("task_type", ("CAUSAL_LM", None)))
             if config.get(key) not in good]
@@ -53,3 +55,20 @@ def patterns(key: str, given: object) -> list[tuple[re.Pattern, float]]:
             bounds.positive(where, value, 1e30))
         found.append((bounds.pattern(rf"(.*\.)?({name})", key), number))
     return found
+
+
+def select(linear: Sequence[str], targets: str | Sequence[str]) -> list[str]:
+    """The names among `linear` that `targets` selects, as PEFT reads target_modules.
+
+    A list holds full names or their last parts; a string is a regular expression for the full
+    name, or "all-linear" (everything but lm_head). A target that matches nothing: ValueError.
+    """
+    listed = [] if isinstance(targets, str) else targets
+    patterns = {t: re.compile(rf"(.*\.)?{re.escape(t)}") for t in listed} or {
+        targets: re.compile(r"(?!.*\blm_head$).*") if targets == "all-linear" else
+        bounds.pattern(targets, "target_modules")}
+    found = {t: [n for n in linear if p.fullmatch(n)] for t, p in patterns.items()}
+    for target in (t for t in found if not found[t]):
+        last = sorted({n.split(".")[-1] for n in linear})
+        raise ValueError(f"LoRA target {target!r} matches no linear layer; the model has {last}")
+    return [n for n in linear if any(n in names for names in found.values())]

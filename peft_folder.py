@@ -59,15 +59,22 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path) -> int:
     Returns the number of layers merged.
     """
     model, adapter, out = Path(model), Path(adapter), Path(out)
+    if out.is_symlink():
+        raise ValueError(f"{out} is a link: give a folder of its own with --out")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty: choose another --out")
-    layers, shards = read(adapter)[1], weights.headers(model)
+    (config, layers), shards = read(adapter), weights.headers(model)
     if strict.read_json(model / "config.json").get("quantization_config"):
         raise ValueError(f"{model / 'config.json'} has a quantization_config: give the original")
     shapes = {n: s for found in shards.values() for n, s in found.items()}
     want = {f"{name}.weight": (len(b), a.shape[1]) for name, (a, b, _) in layers.items()}
     if odd := sorted(name for name in want if shapes.get(name) != want[name]):
         raise ValueError(f"{model} has no {odd[0]} of shape {want[odd[0]]}, which {adapter} adapts")
+    linear = [n.removesuffix(".weight") for n, s in shapes.items()
+              if len(s) == 2 and not n.endswith("embed_tokens.weight")]
+    if odd := sorted(layers.keys() ^ peft_config.select(linear, config["target_modules"])):
+        raise ValueError(f"{adapter}: its target_modules and its tensors differ in {len(odd)} "
+                         f"layers of {model}, first {odd[0]}")
     copied = [file for file in [*model.iterdir(), *adapter.iterdir()] if "adapter" not in file.name
               and file.suffix in (".json", ".jinja", ".model", ".txt") and strict.exists(file)]
     part = out.with_name(out.name + ".part")

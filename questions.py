@@ -106,7 +106,7 @@ def ask(
     if questions[0].pattern:
         texts = answer(net, chat, questions, max_new_tokens)
         try:
-            with bounds.deadline(2):  # seconds: a repeated repeat may need ages
+            with bounds.deadline(1):  # seconds: a repeated repeat may need ages
                 right = [re.fullmatch(q.pattern, text, re.DOTALL) is not None
                          for q, text in zip(questions, texts, strict=True)]
         except TimeoutError as error:

@@ -4,11 +4,11 @@ Whatever breaks a rule is a ValueError that names the file, and the line where t
 """
 import itertools
 import json
-import math
 import os
 import re
 import stat
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 LIMIT = 16 << 20  # bytes of a JSON file or a template; a tokenizer may have more
@@ -84,12 +84,13 @@ def parse(text: str) -> dict:
     """The object that a JSON text spells: no key twice, no NaN or infinity, no endless nesting."""
     def unique(pairs: Sequence[tuple[str, object]]) -> dict:
         """An object whose keys differ and whose numbers are finite."""
-        found, names = dict(pairs), sorted(name for name, _ in pairs)
-        if twice := [a for a, b in itertools.pairwise(names) if a == b]:
-            raise ValueError(f"{twice[0]!r} is there twice")
-        for name, value in pairs:
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} is {value}, expected a number (JSON knows no NaN)")
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = sorted(name for name, _ in pairs)
+            twice = next(a for a, b in itertools.pairwise(names) if a == b)
+            raise ValueError(f"{show(twice)} is there twice")
+        for name in (n for n, value in pairs if type(value) is float and not isfinite(value)):
+            raise ValueError(f"{show(name)} is {found[name]}, expected a number JSON can say")
         return found
 
     try:

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 import bounds
 import strict
 
-SECONDS = 2.0  # of computing for a template
+SECONDS = 0.5  # of computing for a template
 TEMPLATES = {  # by name; "checkpoint" is the one that comes with the model or the adapter
     "mistral-inst": """{{ bos_token }}{% set lead = namespace(text='') %}{% for m in messages %}\
 {% if m.role == 'system' %}{% set lead.text = m.content + '\n\n' %}{% elif m.role == 'user' %}\
@@ -90,7 +90,7 @@ def compile_template(source: str) -> Template:
             return environment.from_string(
                 re.sub(r"({%[-+]?\s*(end)?)generation\b", r"\1with", source))
     except Exception as error:  # noqa: BLE001  (also of Python's compiler, behind Jinja's)
-        raise ValueError(f"the chat template is broken: {error}") from None
+        raise ValueError(f"the chat template is broken: {strict.clean(error)}") from None
 
 
 def fill(template: Template, messages: list[dict], generation: bool, bos: str, eos: str) -> str:
@@ -101,8 +101,9 @@ def fill(template: Template, messages: list[dict], generation: bool, bos: str, e
             text = template.render(messages=messages, add_generation_prompt=generation,
                                    bos_token=bos, eos_token=eos)
     except Exception as error:  # noqa: BLE001  (a template may raise anything)
-        raise ValueError(f"the chat template refuses this conversation: {error}. Change the "
-                         "conversation, or choose another --template") from None
+        raise ValueError(f"the chat template refuses this conversation: "
+                         f"{strict.clean(error) or type(error).__name__}. "
+                         "Change the conversation, or choose another --template") from None
     if len(text) > 10 * sum(len(m["content"]) for m in messages) + 100_000:
         raise ValueError(f"the chat template makes {len(text)} characters of this conversation: "
                          "choose another --template")

@@ -92,7 +92,8 @@ class Chat:
         controls = [re.escape(t.content) for t in added if t.special]
         self.control = re.compile("|".join(controls) or "(?!)")
         self.template = compile_template(self.source)
-        self.gap, self.end_id = self.frame(template)
+        with bounds.memory(1 << 30):  # a hostile template is noticed here
+            self.gap, self.end_id = self.frame(template)
         for name, token in (("bos_token", self.bos), ("eos_token", self.eos)):
             if token and self.tokenizer.token_to_id(token) is None:
                 raise ValueError(f"{where}: {name} is {token!r}, which is no token of {path.name}")
@@ -105,7 +106,8 @@ class Chat:
         own = self.tokenizer.token_to_id(self.eos)
         self.stop_ids = {self.end_id, *stops} | ({own} - {None})
         sizes = strict.optional_json(folder / "config.json")
-        size = bounds.whole("vocab_size", sizes["vocab_size"]) if "vocab_size" in sizes else 2**32
+        key = f"{folder / 'config.json'}: vocab_size"
+        size = bounds.whole(key, sizes["vocab_size"]) if "vocab_size" in sizes else 2**32
         if beyond := [t for t, i in self.tokenizer.get_vocab().items() if i >= size]:
             raise ValueError(f"{path}: token {beyond[0]!r} has an id beyond the {size} embeddings")
 
@@ -129,7 +131,8 @@ class Chat:
                              f"{'user' if answer else 'model'} says: choose another --template")
         if end_id is None:
             raise ValueError(f"template {name!r} ends an answer with {end!r}, which is no token of "
-                             "this tokenizer: choose another --template")
+                             f"this tokenizer (eos_token is {self.eos!r}): choose another "
+                             "--template")
         return between if between.isspace() else "", end_id
 
     def render(self, messages: tuple, generation: bool = True) -> str:

@@ -57,6 +57,8 @@ def header(path: Path) -> Header:
 def span(name: str, entry: object) -> tuple[int, int, str]:
     """(begin, end, name) of a tensor's bytes.   ValueError where its entry does not add up."""
     keys = {"dtype", "shape", "data_offsets"}
+    if "/" in name or not name.isprintable():
+        raise ValueError(f"{strict.show(name)} is no name of a tensor")
     if not isinstance(entry, dict) or entry.keys() != keys:
         raise ValueError(f"{name} has the entry {strict.show(entry)}, expected {sorted(keys)}")
     dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -88,7 +90,8 @@ def headers(folder: Path) -> dict[Path, Header]:
         raise ValueError(f"{index}: weight_map is {strict.show(places)}, expected an object of "
                          "tensor names and their files: download it again")
     for name, shard in places.items():
-        if type(shard) is not str or Path(shard).name != shard or "\0" in shard:
+        if type(shard) is not str or Path(shard).name != shard or not (
+                shard.strip(".") and shard.isprintable()):
             raise ValueError(f"{index}: {name} lies in {strict.show(shard)}, which is no file or "
                              "points outside the folder: download the index again")
         if not shard.endswith(".safetensors") or not strict.exists(folder / shard):

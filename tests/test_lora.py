@@ -216,7 +216,7 @@ def test_one_seed_gives_one_adapter():
 def test_targets_select_layers_as_peft_reads_them(targets, found):
     """Names, last parts of names, a regular expression, or everything but lm_head.
 
-    Red: lora.py:matching: `(?!.*\\blm_head$)` -> ``
+    Red: peft_config.py:select: `(?!.*\\blm_head$)` -> ``
     """
     net = tiny.transformer()
     lora.inject(net, 2, 2, targets)
@@ -227,7 +227,7 @@ def test_targets_select_layers_as_peft_reads_them(targets, found):
 def test_a_target_that_matches_nothing_is_an_error(targets):
     """It is named, and so are the layers there are.
 
-    Red: lora.py:matching: `if not found[t]` -> `if False`
+    Red: peft_config.py:select: `if not found[t]` -> `if False`
     """
     with pytest.raises(ValueError, match=r"matches no linear layer.*'q_proj'"):
         lora.inject(tiny.transformer(), 2, 2, targets)

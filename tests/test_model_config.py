@@ -92,7 +92,7 @@ def test_an_absent_head_dim_is_128_for_qwen3_and_hidden_over_heads_elsewhere():
 def test_windows_follow_the_rules_of_each_family(kind, changes, windows):
     """Qwen slides from max_window_layers on if use_sliding_window; layer_types wins.
 
-    Red: architecture.py:attention_windows: `not raw.get("use_sliding_window")` -> `False`
+    Red: architecture.py:attention_windows: `and not bounds` -> `and bounds`
     """
     assert settings(kind, **changes).windows == windows
 

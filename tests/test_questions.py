@@ -182,13 +182,13 @@ def test_a_wrong_question_is_refused_with_file_and_line(rows, words, tmp_path):
         questions.read(write(tmp_path / "q.jsonl", rows))
 
 
-def test_a_pattern_that_never_ends_is_refused_after_two_seconds(base, monkeypatch):
+def test_a_pattern_that_never_ends_is_refused_after_a_second(base, monkeypatch):
     """Of computing: a repeated repeat tries every way to cut the answer.
-    Red: questions.py:ask: `bounds.deadline(2)` -> `bounds.deadline(0.2)`
+    Red: questions.py:ask: `bounds.deadline(1)` -> `bounds.deadline(0.2)`
     Red: questions.py:ask: `except TimeoutError` -> `except KeyError`"""
     monkeypatch.setattr(generate, "complete", lambda *_: ["a" * 60])
     asked = [questions.Question(SAID, "(?:.|.|.)*(?:.|.|.)*b")]
-    with pytest.raises(ValueError, match=r"patterns: it takes longer than 2 seconds .* repeats"):
+    with pytest.raises(ValueError, match=r"patterns: it takes longer than 1 second .* repeats"):
         questions.ask(None, tokens.Chat(base, "plain"), asked)
 
 

@@ -107,7 +107,7 @@ OWN, BOS = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}", 
 def test_one_bos_begins_a_prompt_where_it_is_wanted(tmp_path, kind, template, config, count):
     """Named templates go by add_bos_token or the tokenizer's own habit, others by themselves.
     Red: tokens.py:Chat.prompt_ids: `self.ids(text[len(self.bos) * begins:])` -> `self.ids(text)`
-    Red: tokens.py:Chat.ids: `add_special_tokens=False` -> `add_special_tokens=True`
+    Red: vocabulary.py:encode: `add_special_tokens=False` -> `add_special_tokens=True`
     Red: tokens.py:Chat.__init__: `template in TEMPLATES and not wanted` -> `False`"""
     ids = chat(tmp_path, kind, template, **config).prompt_ids(ASKED)
     assert ids.count(1) == count == (ids[0] == 1)

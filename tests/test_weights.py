@@ -62,7 +62,7 @@ def refusal(folder: Path) -> str:
 def test_a_saved_model_loads_back_bit_for_bit(tmp_path, changes, dtype):
     """Weights, config and therefore outputs; the file says its dtype.
 
-    Red: model.py:load: `tensor.to(dtype)` -> `tensor.half().to(dtype)`
+    Red: model.py:load: `get_tensor(name).to` -> `get_tensor(name).half().to`
     """
     net, ids = tiny.transformer(dtype=dtype, **changes), tiny.batch()[0]
     model.save(net, tmp_path)
@@ -75,7 +75,7 @@ def test_a_saved_model_loads_back_bit_for_bit(tmp_path, changes, dtype):
 def test_a_sharded_folder_loads_like_a_single_file(tmp_path):
     """Two shards listed by an index.
 
-    Red: model.py:weight_files: `in shards.values()}` -> `in list(shards.values())[:1]}`
+    Red: weights.py:headers: `sorted(set(places.values()))` -> `sorted(set(places.values()))[:1]`
     """
     net = written(tmp_path)
     shard(tmp_path)
@@ -106,7 +106,7 @@ TAMPERED = {
 def test_a_damaged_tensor_stops_loading_and_is_named(tmp_path, name, tensor, words):
     """Never a random, cast or NaN weight in its place.
 
-    Red: model.py:check_tensors: `if not torch.isfinite` -> `if torch.isnan`
+    Red: weights.py:check_finite: `not torch.isfinite` -> `torch.isnan`
     """
     written(tmp_path)
     tamper(tmp_path, name, tensor)
@@ -183,7 +183,7 @@ def config_is_a_list(folder: Path) -> None:
 def test_a_damaged_folder_stops_loading_and_the_file_is_named(tmp_path, damage, words):
     """No pickle is opened, no path leaves the folder, no file silently wins over another.
 
-    Red: model.py:weight_files: `if Path(name).name != name` -> `if False`
+    Red: weights.py:headers: `Path(shard).name != shard` -> `False`
     """
     written(tmp_path)
     damage(tmp_path)
@@ -258,7 +258,7 @@ print((held() - before) / sum(p.nbytes for p in net.parameters()))
 def test_loaded_weights_stay_in_the_file(tmp_path):
     """200 MB of bfloat16 cost less than 0.3 of their size in memory that is not file cache.
 
-    Red: model.py:load: `tensor.to(dtype)` -> `tensor.clone()`
+    Red: model.py:load: `get_tensor(name).to(dtype)` -> `get_tensor(name).clone()`
     """
     wide = {"vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 6144, "head_dim": 128,
             "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 3}

@@ -22,6 +22,30 @@ Q0A, Q0B = (KEY.format(0, "self_attn.q_proj", half) for half in "AB")
 USE = {"generate": "--adapter DIR/adapter", "evaluate": "--adapter DIR/adapter", "lora": ""}
 PROGRAMS = tuple(USE)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAN = float("nan")
+LISTED = (
+    ("E06", "r", (4, 1, 0, -2, 2.0, "2", True, None, [2], 10**12, ..., NAN)),
+    ("E07", "lora_alpha", (NAN, float("inf"), "4", True, None, [4], ..., 10**400, 0)),
+    ("E07", "lora_dropout", (1.5, 1.0, -0.1, NAN, "0.1", True, [0.1], 10**400)),
+    ("E07", "use_rslora", ("false", 1, "yes", [True])),
+    ("E07", "peft_type", ("IA3", "ADALORA", "lora ", 7, None, ...)),
+    ("E07", "bias", ("all", "lora_only", True, 7)),
+    ("E07", "use_dora", (True, "no")), ("E07", "modules_to_save", (["lm_head"], "lm_head")),
+    ("E07", "fan_in_fan_out", (True,)), ("E07", "layers_to_transform", (0, [0], [0, 1])),
+    ("E07", "layer_replication", ([[0, 1]],)), ("E07", "exclude_modules", ("q_proj",)),
+    ("E07", "target_parameters", (["x"],)), ("E07", "trainable_token_indices", ([1],)),
+    ("E07", "init_lora_weights", ("pissa", "olora", "eva", 7)), ("E07", "lora_bias", (True,)),
+    ("E07", "use_qalora", (True,)), ("E07", "arrow_config", ({"a": 1},)),
+    ("E07", "kasa_config", ({"a": 1},)), ("E07", "zork", (1, "x", {"a": 1})),
+    ("E07", "task_type", ("SEQ_CLS", 7)),
+    ("E06", "target_modules", ([], None, ..., 7, {"q_proj": 1}, [7], ["q_proj"], ["zork"],
+                               [*ALL, "lm_head"], "q_proj", "(q_proj", ".*[", "(x+x+)+y",
+                               ".*" * 12 + "z", [[]], "", "all", True)),
+    ("E06", "rank_pattern", ([], "q_proj", {"q_proj": 3}, {"q_proj": "2"}, {"q_proj": 2.0},
+                             {"q_proj": True}, {"q_proj": None}, {"(q": 2}, {"(a+a+)+b": 2},
+                             {"*": 2}, {".*" * 12 + "z": 2})),
+    ("E06", "alpha_pattern", ([1], 5, {"q_proj": NAN}, {"q_proj": "2"}, {"q_proj": None},
+                              {"q_proj": [1]}, {"(q": 2}, {"(a*)*b": 2})))
 
 
 def case(name: str, change, words: str, program: str, oracle: str = "R") -> Case:
@@ -30,41 +54,22 @@ def case(name: str, change, words: str, program: str, oracle: str = "R") -> Case
 
 def settings() -> list[Case]:
     """E06 and E07: adapter_config.json says another thing than plain LoRA, or nothing sensible."""
-    out, at, nan = [], "adapter_config.json", float("nan")
-    listed = (
-        ("E06", "r", (4, 1, 0, -2, 2.0, "2", True, None, [2], 10**12, ..., nan)),
-        ("E07", "lora_alpha", (nan, float("inf"), "4", True, None, [4], ..., 10**400, 0)),
-        ("E07", "lora_dropout", (1.5, 1.0, -0.1, nan, "0.1", True, [0.1], 10**400)),
-        ("E07", "use_rslora", ("false", 1, "yes", [True])),
-        ("E07", "peft_type", ("IA3", "ADALORA", "lora ", 7, None, ...)),
-        ("E07", "bias", ("all", "lora_only", True, 7)),
-        ("E07", "use_dora", (True, "no")), ("E07", "modules_to_save", (["lm_head"], "lm_head")),
-        ("E07", "fan_in_fan_out", (True,)), ("E07", "layers_to_transform", (0, [0], [0, 1])),
-        ("E07", "layer_replication", ([[0, 1]],)), ("E07", "exclude_modules", ("q_proj",)),
-        ("E07", "target_parameters", (["x"],)), ("E07", "trainable_token_indices", ([1],)),
-        ("E07", "init_lora_weights", ("pissa", "olora", "eva", 7)), ("E07", "lora_bias", (True,)),
-        ("E07", "use_qalora", (True,)), ("E07", "arrow_config", ({"a": 1},)),
-        ("E07", "kasa_config", ({"a": 1},)), ("E07", "zork", (1, "x", {"a": 1})),
-        ("E07", "task_type", ("SEQ_CLS", 7)),
-        ("E06", "target_modules", ([], None, ..., 7, {"q_proj": 1}, [7], ["q_proj"], ["zork"],
-                                   [*ALL, "lm_head"], "q_proj", "(q_proj", ".*[", "(x+x+)+y",
-                                   ".*" * 12 + "z", [[]], "", "all", True)),
-        ("E06", "rank_pattern", ([], "q_proj", {"q_proj": 3}, {"q_proj": "2"}, {"q_proj": 2.0},
-                                 {"q_proj": True}, {"q_proj": None}, {"(q": 2}, {"(a+a+)+b": 2},
-                                 {"*": 2}, {".*" * 12 + "z": 2})),
-        ("E06", "alpha_pattern", ([1], 5, {"q_proj": nan}, {"q_proj": "2"}, {"q_proj": None},
-                                  {"q_proj": [1]}, {"(q": 2}, {"(a*)*b": 2})))
-    for family, key, values in listed:
+    out, at = [], "adapter_config.json"
+    for family, key, values in LISTED:
         for value in values:
             shown = "absent" if value is ... else f"{value!a}"[:24]
             good = key in ("rank_pattern",) and value == []
             words = "" if good else f"adapter;{key}"
             if key == "target_modules" and value in ("q_proj", ["q_proj"], "all", ["zork"],
                                                      [*ALL, "lm_head"]):
-                words = "adapter;q_proj" if "q_proj" in value else "matches no"
-                words = "lm_head" if "lm_head" in value else words
-            if key in ("r", "rank_pattern") and value in (4, 1, 10**12, {"q_proj": 3}):
-                words = f"adapter;rank {value['q_proj'] if isinstance(value, dict) else value}"
+                words = "adapter;" + ("lm_head" if "lm_head" in value else
+                                      "layers" if value == ["q_proj"] else
+                                      "q_proj" if "q_proj" in value else "matches no")
+            if key in ("r", "rank_pattern") and type(value) in (int, dict) and value in (
+                    4, 1, 10**12, {"q_proj": 3}):
+                words = f"adapter;{value['q_proj'] if isinstance(value, dict) else value}"
+            if value == {"q_proj": NAN}:
+                words = "adapter;q_proj;nan"
             program = "generate" if "target" in words or key == "target_modules" else (
                 PROGRAMS[len(out) % 3])
             out.append(case(f"{family} {key} is {shown}", edit(CONFIG, **{key: value}), words,
@@ -73,7 +78,7 @@ def settings() -> list[Case]:
             ("a list", "[]", "list;object"), ("empty", "", "empty"), ("null", "null", "object"),
             ("cut", '{"r": 2, "lora', ""), ("a web page", "<html></html>", "web page"),
             ("deep", '{"a":' * 100_000, "deep"), ("twice", '{"r": 2, "r": 2}', "'r';twice"),
-            ("NaN", '{"r": NaN}', "NaN"), ("latin-1", b'{"a": "\xe9"}', "UTF-8"),
+            ("NaN", '{"r": NaN}', "nan"), ("latin-1", b'{"a": "\xe9"}', "UTF-8"),
             ("5000 digits", '{"r": ' + "9" * 5000 + "}", "")):
         out.append(case(f"E07 adapter_config.json is {name}", write(CONFIG, text), f"{at};{words}",
                         PROGRAMS[len(out) % 3]))
@@ -104,7 +109,8 @@ def weights() -> list[Case]:
             ("E04 all missing", lambda t: t.clear(), "adapter"),
             ("E04 an extra tensor", lambda t: t.update({"lm_head.weight": torch.ones(2, 2)}),
              "lm_head.weight"),
-            ("E04 renamed", lambda t: t.update({Q0A.replace("q_proj", "wq"): t.pop(Q0A)}), "wq"),
+            ("E04 renamed", lambda t: t.update({Q0A.replace("q_proj", "wq"): t.pop(Q0A)}),
+             "q_proj"),
             ("E04 an adapter's own name in the keys", lambda t: t.update(
                 {Q0A.replace(".weight", ".default.weight"): t.pop(Q0A)}), "default"),
             ("E03 a layer more", lambda t: t.update({
@@ -133,12 +139,16 @@ def weights() -> list[Case]:
             out.append(case(f"{name}, {program}", tensors(WEIGHTS, edit_all), words, program))
     for dtype in ("bfloat16", "float16", "float64"):
         def cast(t: dict, dtype: str = dtype) -> None:
-            for key in t:
-                t[key] = t[key].to(getattr(torch, dtype))
+            t.update({key: w.to(getattr(torch, dtype)) for key, w in t.items()})
 
         out += [case(f"E16 in {dtype}, {p}", tensors(WEIGHTS, cast), "", p, "V")
                 for p in ("generate", "lora")]
-    at = "adapter_model.safetensors"
+    return out
+
+
+def weight_files() -> list[Case]:
+    """E04 and E07: an adapter's two files as bytes, or as no file at all."""
+    out, at = [], "adapter_model.safetensors"
     for name, change, words in (
             ("is empty", write(WEIGHTS, ""), "empty"), ("is cut", cut(WEIGHTS, -4), ""),
             ("is a header cut", cut(WEIGHTS, 50), ""), ("has a byte more", lambda place: (
@@ -237,4 +247,4 @@ def bases() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    return [*settings(), *weights(), *bases()]
+    return [*settings(), *weights(), *weight_files(), *bases()]

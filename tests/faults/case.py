@@ -130,12 +130,4 @@ def header(name: str, rewrite: Callable[[dict], dict | str | bytes]) -> Change:
 
 def bomb(name: str) -> Change:
     """The file is a pickle that leaves a file `pwned` where it is opened."""
-    import pickle
-
-    class Payload:
-        """Runs a command when it is unpickled."""
-
-        def __reduce__(self) -> tuple:
-            return os.system, ("touch pwned",)
-
-    return write(name, pickle.dumps(Payload()))
+    return write(name, b"\x80\x02cposix\nsystem\nX\x0b\x00\x00\x00touch pwned\x85R.")

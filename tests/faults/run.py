@@ -29,7 +29,8 @@ FLAGS = {
     "evaluate": "--model DIR/model --template plain",
     "lora": "merge --model DIR/model --adapter DIR/adapter --out DIR/merged",
     "page": ""}
-SECONDS, MEMORY = 10, 6 << 30  # of a case; memory is address space on top of the parent's
+SECONDS, MEMORY = 10, 6 << 30  # of computing; of address space on top of the parent's
+WAIT = 60  # seconds of waiting, whatever else the machine does
 
 
 def fixture(place: Path) -> None:
@@ -152,11 +153,18 @@ def judge(case, code: int, place: Path, out: Path) -> tuple[str, float]:
     return told and f"{told}\n    {(err or said)[-600:]!a}", result.get("seconds", SECONDS)
 
 
+def computed(pid: int) -> float:
+    """Seconds of computing of a process."""
+    ticks = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+    return (int(ticks[11]) + int(ticks[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def finish(running: dict) -> tuple:
     """Waits for one of the running cases, killing what is late: (case, place, code, MiB)."""
     while True:
         for pid, (case, place, began) in running.items():
-            late = time.monotonic() - began > SECONDS
+            waited = time.monotonic() - began
+            late = waited > WAIT or waited > SECONDS and computed(pid) > SECONDS
             if late:
                 os.kill(pid, 9)
             ended, status, usage = os.wait4(pid, 0 if late else os.WNOHANG)

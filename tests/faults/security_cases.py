@@ -32,7 +32,8 @@ def pickles() -> list[Case]:
     return [
         *out, Case("S01 a pickled chat template", "generate", bomb("model/chat_template.jinja"),
                    "--template checkpoint", "chat_template.jinja"),
-        Case("S01 a pickle as data", "evaluate", bomb("data.jsonl"), "", "data.jsonl")]
+        Case("S01 a pickle as data", "evaluate", bomb("data.jsonl"), "", "data.jsonl",
+             pending="evaluate.py cleans what it prints (strict.clean)")]
 
 
 def code() -> list[Case]:
@@ -64,15 +65,14 @@ def code() -> list[Case]:
                 "base_model_class": "X", "parent_library": "modeling_x"}),
             write("adapter/modeling_x.py", script)), "--adapter DIR/adapter", oracle="V"),
         Case("S03 a tensor named ../../pwned", "generate", header(
-            "model/model.safetensors", renamed), "", "missing;model.norm.weight"),
+            "model/model.safetensors", renamed), "", "../../pwned"),
         Case("S03 a tensor named ../../pwned, merged", "lora", header(
-            "model/model.safetensors", renamed), "", "model.norm.weight"),
+            "model/model.safetensors", renamed), "", "../../pwned"),
         Case("S03 a shard named as a config", "lora", write(
             "model/model.safetensors.index.json", json.dumps({"weight_map": {
                 "model.norm.weight": "config.json"}})), "", "both"),
         Case("S04 merged is a link out of the tree", "lora", several(
-            lambda place: (place / "far").mkdir(), link("merged", "far")), "", "merged",
-            oracle="V")._replace(words="14 layers")]
+            lambda place: (place / "far").mkdir(), link("merged", "far")), "", "merged;link")]
 
 
 def sizes() -> list[Case]:
@@ -93,7 +93,7 @@ def sizes() -> list[Case]:
     return [
         *out,
         Case("S06 a long list in config.json", "generate", write(
-            "model/config.json", f'{{"a": {numbers}}}'), "", "config.json;bytes"),
+            "model/config.json", f'{{"a": {numbers}}}'), "", "config.json;model_type"),
         Case("S06 an alias-like nest in config.json", "generate", write(
             "model/config.json", '{"model_type":' * 900 + "1" + "}" * 900), "", "config.json")]
 
@@ -105,8 +105,8 @@ def shown() -> list[Case]:
         out.append(Case(f"S08 control characters in {key}", PROGRAMS[len(out) % 3],
                         edit("model/config.json", **{key: evil}), "", f"config.json;{key}"))
     for name, path, keys in (
-            ("eos_token", "model/tokenizer_config.json", {"eos_token": evil}),
-            ("rope_type", "model/config.json", {"rope_scaling": {"rope_type": evil}}),
+            ("ends an answer", "model/tokenizer_config.json", {"eos_token": evil}),
+            ("rope_type", "model/config.json", {"rope_parameters": {"rope_type": evil}}),
             ("layer_types", "model/config.json", {"layer_types": [evil, evil]}),
             ("eos_token_id", "model/generation_config.json", {"eos_token_id": evil})):
         out.append(Case(f"S08 control characters in {name}", PROGRAMS[len(out) % 3],
@@ -128,10 +128,10 @@ def shown() -> list[Case]:
         Case("S08 control characters in a tensor's name", "generate", header(
             "model/model.safetensors", lambda h: {
                 (f"a{evil}" if n == "model.norm.weight" else n): v for n, v in h.items()}), "",
-            "model.norm.weight"),
+            "no name of a tensor"),
         Case("S08 control characters in an extra tensor", "evaluate", tensors(
             "model/model.safetensors", lambda t: t.update({f" {evil}": t["model.norm.weight"]
-                                                           .clone()})), "", "no place"),
+                                                           .clone()})), "", "no name of a tensor"),
         Case("S08 control characters in a JSON key", "train", write(
             "model/config.json", json.dumps({evil: 1})[:-1] + f", {json.dumps(evil)}: 2}}"), "",
             "config.json;twice"),

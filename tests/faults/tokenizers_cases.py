@@ -52,7 +52,7 @@ def bytes_of_files() -> list[Case]:
             ("is a web page", "<!DOCTYPE html><html></html>", "web page"),
             ("is a pointer", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
             ("is an empty object", "{}", ""), ("is 100,000 deep", '{"a":' * 100_000, "deep"),
-            ("is latin-1", b'{"a": "\xe9"}', "UTF-8"), ("holds a NaN", '{"version": NaN}', "NaN"),
+            ("is latin-1", b'{"a": "\xe9"}', "UTF-8"), ("holds a NaN", '{"version": NaN}', "nan"),
             ("says a key twice", '{"version": "1.0", "version": "1.0"}', "'version';twice")):
         out.append(Case(f"T01 tokenizer.json {name}", PROGRAMS[len(out) % 3], write(PATH, text), "",
                         f"{at};{words}"))
@@ -75,10 +75,13 @@ def bytes_of_files() -> list[Case]:
         *out, Case("T01 no tokenizer.json", "generate", remove(PATH), "", "no tokenizer.json"),
         Case("T01 only tokenizer.model", "train", several(remove(PATH), write(
             "model/tokenizer.model", "x")), "", "tokenizer.model;save_pretrained"),
-        Case("T01 no tokenizer_config.json", "generate", remove(CONFIG), oracle="V"),
+        Case("T01 no tokenizer_config.json", "generate", remove(CONFIG), "--template chatml",
+             oracle="V"),
+        Case("T01 no tokenizer_config.json and no end", "generate", remove(CONFIG), "",
+             "eos_token;--template"),
         Case("T01 no generation_config.json", "generate", remove(GENERATION), oracle="V"),
         Case("T01 a byte order mark", "generate", lambda place: (place / PATH).write_text(
-            (place / PATH).read_text("utf-8"), "utf-8-sig"), oracle="V")]
+            (place / PATH).read_text("utf-8"), "utf-8-sig"), "", "tokenizer.json")]
 
 
 def ids() -> list[Case]:
@@ -140,7 +143,7 @@ def specials() -> list[Case]:
     """T07 to T09: the tokens that begin and end."""
     out = []
     for path, key, value, words in (
-            (CONFIG, "eos_token", "<zork>", "eos_token;'<zork>'"),
+            (CONFIG, "eos_token", "<zork>", "'<zork>'"),
             (CONFIG, "bos_token", "<zork>", "bos_token;'<zork>'"),
             (CONFIG, "eos_token", 7, "eos_token;7"), (CONFIG, "eos_token", ["</s>"], "eos_token"),
             (CONFIG, "eos_token", {"id": 1}, "eos_token"), (CONFIG, "bos_token", True, "bos_token"),
@@ -152,18 +155,17 @@ def specials() -> list[Case]:
             (GENERATION, "eos_token_id", [1, "2"], "eos_token_id;'2'"),
             (GENERATION, "eos_token_id", 1.0, "eos_token_id;1.0"),
             (GENERATION, "eos_token_id", True, "eos_token_id;True"),
-            (GENERATION, "eos_token_id", {"a": 1}, "eos_token_id"),
-            (GENERATION, "eos_token_id", 5, "eos_token_id;[5];</s>")):
-        name = path.removeprefix("model/")
+            (GENERATION, "eos_token_id", {"a": 1}, "eos_token_id")):
+        name = "" if value == "<zork>" else path.removeprefix("model/")
         out.append(Case(f"T08 {key} is {value!a}", PROGRAMS[len(out) % 3],
                         edit(path, **{key: value}), "", f"{name};{words}"))
     return [
         *out,
-        Case("T08 three files disagree", "generate", several(
-            edit(GENERATION, eos_token_id=...), edit("model/config.json", eos_token_id=3)), "",
-            "config.json;eos_token_id;[3];</s>"),
+        Case("T08 another end in each file: each one ends", "generate", several(
+            edit(GENERATION, eos_token_id=5), edit("model/config.json", eos_token_id=3)),
+            oracle="V"),
         Case("T08 no eos anywhere", "evaluate", edit(CONFIG, eos_token=None), "",
-             "ends an answer;--template"),
+             "eos_token;--template"),
         Case("T08 no eos, and a template with its own end", "generate", edit(
             CONFIG, eos_token=None), "--template chatml", oracle="V"),
         Case("T08 several ends", "generate", edit(GENERATION, eos_token_id=[1, 3]), oracle="V"),
@@ -189,7 +191,7 @@ def texts() -> list[Case]:
                 f"tokenizer.json;{pattern}"))
     out += [Case(f"T12 broken pattern {p}", "generate", tokenizer(
         lambda raw, p=p: raw.update(pre_tokenizer=split(p))), "", "tokenizer.json")
-        for p in ("(x", "[z-a]", "x{5,1}", "\\", "(?P<a", "*")]
+        for p in ("(x", "[z-a]", "\\", "(?P<a", "*")]
     gpt = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     qwen = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
             r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -217,58 +219,59 @@ def texts() -> list[Case]:
              "no tokens")]
 
 
+DOUBLING = ("{% set n = namespace(s='x') %}{% for i in range(40) %}"
+            "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}")
+NEST = "{% for a in range(99999) %}" * 3 + "x" + "{% endfor %}" * 3
+HOSTILE = (  # a template that ..., its text, words of the message
+    ("raises", "{{ raise_exception('no\nway') }}", "no;way"),
+    ("divides by zero", "{{ 1 / 0 }}", "zero"),
+    ("does not close", "{% for m in messages %}", ""),
+    ("has an unknown tag", "{% zork %}", "zork"), ("has an unknown filter", "{{ 1|zork }}",
+                                                   "zork"),
+    ("includes a file", "{% include '/etc/passwd' %}", ""),
+    ("imports a file", "{% import '/etc/passwd' as x %}", ""),
+    ("extends a file", "{% extends '/etc/passwd' %}", ""),
+    ("loops for ever", NEST, "long"),
+    ("counts to 10^9", "{% for i in range(10**9) %}a{% endfor %}", ""),
+    ("counts to 99999 thrice, doing little", NEST.replace("x", ""), "long"),
+    ("writes megabytes", "{% for i in range(99999) %}" + "x" * 100 + "{% endfor %}",
+     "characters"),
+    ("doubles a text", DOUBLING, "MemoryError"),
+    ("multiplies a text", "{{ 'x' * 1000000000 }}", ""),
+    ("multiplies a list", "{{ [1] * 1000000000 }}", ""),
+    ("raises to a power", "{{ 9**9**9 }}", ""), ("pads a text", "{{ 'x'|center(10**9) }}",
+                                                 ""),
+    ("formats a width", "{{ '%1000000000d' % 1 }}", ""),
+    ("formats wide", "{{ '{:1000000000}'.format(1) }}", ""),
+    ("recurses", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", ""),
+    ("nests 100 loops", "{% for a in [1] %}" * 100 + "{% endfor %}" * 100, ""),
+    ("nests 3000 brackets", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", ""),
+    ("is 30 MB", "{# " + "x" * 30_000_000 + " #}", "bytes"),
+    ("drops the conversation", "hello", ""), ("is empty", "", ""),
+    ("writes only questions", OWN.replace("assistant", "user").replace("{{ m", "{# m", 1)
+     .replace("m.content }}", "m #}", 1).replace("eos_token", "m.content"), ""),
+    ("turns the conversation round", OWN.replace("messages", "messages|reverse"), "elsewhere"),
+    ("reads classes", "{{ ''.__class__.__mro__[1].__subclasses__() }}", ""),
+    ("reads classes by attr", "{{ ''|attr('__class__')|attr('__mro__') }}", ""),
+    ("opens a shell by cycler", "{{ cycler.__init__.__globals__.os.popen('id') }}", ""),
+    ("opens a shell by lipsum", "{{ lipsum.__globals__['os'].system('touch pwned') }}", ""),
+    ("opens a shell by a function", "{{ raise_exception.__globals__['json'] }}", ""),
+    ("opens a shell by self", "{{ self.__init__.__globals__.__builtins__ }}", ""),
+    ("opens a shell by format", "{{ '{0.__class__.__mro__}'.format('') }}", ""),
+    ("opens a shell by attr of format", "{{ ('{0.__class__}'|attr('format'))(messages) }}", ""),
+    ("changes the messages", "{{ messages.append(1) }}", ""),
+    ("clears the messages", "{{ messages.clear() }}" + OWN, ""),
+    ("calls an undefined", "{{ zork() }}", "zork"),
+    ("reads from undefined", "{{ zork.a.b }}", "zork"),
+    ("is latin-1", b"{{ '\xe9' }}", "chat_template.jinja;UTF-8"),
+    ("is UTF-16", "hello".encode("utf-16"), "chat_template.jinja;UTF-16"),
+    ("ends in no token", OWN.replace("eos_token", "'<zork>'"), "'<zork>'"))
+
+
 def templates() -> list[Case]:
     """T17: chat templates. Nothing in one may run code, go on for ever or fill the memory."""
     out, at = [], "chat template"
-    nest = "{% for a in range(99999) %}" * 3 + "x" + "{% endfor %}" * 3
-    for name, text, words in (
-            ("raises", "{{ raise_exception('no\nway') }}", "no;way"),
-            ("divides by zero", "{{ 1 / 0 }}", "zero"),
-            ("does not close", "{% for m in messages %}", ""),
-            ("has an unknown tag", "{% zork %}", "zork"), ("has an unknown filter", "{{ 1|zork }}",
-                                                           "zork"),
-            ("includes a file", "{% include '/etc/passwd' %}", ""),
-            ("imports a file", "{% import '/etc/passwd' as x %}", ""),
-            ("extends a file", "{% extends '/etc/passwd' %}", ""),
-            ("loops for ever", nest, "long"), ("counts to 10^9", "{% for i in range(10**9) %}a"
-                                               "{% endfor %}", ""),
-            ("counts to 99999 thrice, doing little", nest.replace("x", ""), "long"),
-            ("writes megabytes", "{% for i in range(99999) %}" + "x" * 100 + "{% endfor %}",
-             "characters"),
-            ("doubles a text", "{% set n = namespace(s='x') %}{% for i in range(40) %}"
-             "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}", ""),
-            ("multiplies a text", "{{ 'x' * 1000000000 }}", ""),
-            ("multiplies a list", "{{ [1] * 1000000000 }}", ""),
-            ("raises to a power", "{{ 9**9**9 }}", ""), ("pads a text", "{{ 'x'|center(10**9) }}",
-                                                         ""),
-            ("formats a width", "{{ '%1000000000d' % 1 }}", ""),
-            ("formats wide", "{{ '{:1000000000}'.format(1) }}", ""),
-            ("recurses", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", ""),
-            ("nests 100 loops", "{% for a in [1] %}" * 100 + "{% endfor %}" * 100, ""),
-            ("nests 3000 brackets", "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", ""),
-            ("is 30 MB", "{# " + "x" * 30_000_000 + " #}", "bytes"),
-            ("drops the conversation", "hello", ""), ("is empty", "", ""),
-            ("writes only questions", "{% for m in messages %}{% if m.role == 'user' %}"
-             "{{ m.content }}{% endif %}{% endfor %}", ""),
-            ("turns the conversation round", "{% for m in messages|reverse %}{{ m.content }}"
-             "{% endfor %}{{ eos_token }}", "elsewhere"),
-            ("reads classes", "{{ ''.__class__.__mro__[1].__subclasses__() }}", ""),
-            ("reads classes by attr", "{{ ''|attr('__class__')|attr('__mro__') }}", ""),
-            ("opens a shell by cycler", "{{ cycler.__init__.__globals__.os.popen('touch pwned')"
-             ".read() }}", ""),
-            ("opens a shell by lipsum", "{{ lipsum.__globals__['os'].system('touch pwned') }}", ""),
-            ("opens a shell by a function", "{{ raise_exception.__globals__['json'] }}", ""),
-            ("opens a shell by self", "{{ self.__init__.__globals__.__builtins__ }}", ""),
-            ("opens a shell by format", "{{ '{0.__class__.__mro__}'.format('') }}", ""),
-            ("opens a shell by attr of format", "{{ ('{0.__class__.__init__}'|attr('format'))("
-             "messages) }}", ""),
-            ("changes the messages", "{{ messages.append(1) }}", ""),
-            ("clears the messages", "{{ messages.clear() }}" + OWN, ""),
-            ("calls an undefined", "{{ zork() }}", "zork"),
-            ("reads from undefined", "{{ zork.a.b }}", "zork"),
-            ("is latin-1", b"{{ '\xe9' }}", "chat_template.jinja;UTF-8"),
-            ("is UTF-16", "hello".encode("utf-16"), "chat_template.jinja;UTF-16"),
-            ("ends in no token", OWN.replace("eos_token", "'<zork>'"), "'<zork>'")):
+    for name, text, words in HOSTILE:
         change = template(text) if isinstance(text, str) else write(TEMPLATE, text)
         out.append(Case(f"T17 a template that {name}", PROGRAMS[len(out) % 3], change,
                         "--template checkpoint", words if "jinja" in words else
@@ -276,7 +279,8 @@ def templates() -> list[Case]:
     for value in (7, True, ["x"], [{"name": "default"}], [{"template": "x"}], {"default": "x"}, []):
         out.append(Case(f"T17 chat_template is {value!a}", PROGRAMS[len(out) % 3],
                         edit(CONFIG, chat_template=value), "--template checkpoint",
-                        "template" if value == [] else "tokenizer_config.json;chat_template"))
+                        "template" if value in ([], [{"name": "default"}]) else
+                        "tokenizer_config.json;chat_template"))
     return [
         *out,
         Case("T17 a good template", "generate", template(OWN), "--template checkpoint",
@@ -286,7 +290,7 @@ def templates() -> list[Case]:
             "--template checkpoint", oracle="V"),
         Case("T17 an adapter's own hostile template", "generate", write(
             "adapter/chat_template.jinja", "{{ lipsum.__globals__ }}"),
-            "--template checkpoint --adapter DIR/adapter", at),
+            "--template checkpoint --adapter DIR/adapter", "template"),
         Case("T17 an escape code in what a template raises", "generate", template(
             "{{ raise_exception('\x1b[2J\x07') }}"), "--template checkpoint", f"{at};\\x1b[2J")]
 

@@ -137,7 +137,7 @@ def test_initialisations_that_change_the_base_are_refused(tmp_path, init):
 def test_a_merged_folder_opens_in_transformers(tmp_path, kind, dtype, tied):
     """The adapted model's logits within 1e-5; a bfloat16 base stays one.
 
-    Red: peft_folder.py:merge: `+ scale * b @ a` -> `+ b @ a`
+    Red: peft_folder.py:merge: `+ scale * b.to(wide)` -> `+ b.to(wide)`
     """
     random_peer(tmp_path / "float32", model_type=kind, tie_word_embeddings=tied)
     model.save(model.load(tmp_path / "float32", dtype), tmp_path / "base")
@@ -157,7 +157,7 @@ def test_a_merged_folder_opens_in_transformers(tmp_path, kind, dtype, tied):
 def test_a_sharded_folder_of_transformers_is_merged_shard_by_shard(tmp_path):
     """Same shard names and index; logits within 1e-5 in transformers.
 
-    Red: peft_folder.py:merge: `out / shard` -> `out / "model.safetensors"`
+    Red: peft_folder.py:merge: `part / path.name` -> `part / "model.safetensors"`
     """
     want = from_peft(tmp_path, CONFIGS["plain"])
     peer(tmp_path / "base", torch.float32, "sdpa").save_pretrained(

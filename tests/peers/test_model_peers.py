@@ -155,7 +155,7 @@ def test_a_folder_written_here_opens_in_transformers(tmp_path, changes, dtype):
 def test_a_config_in_the_old_spelling_reads_the_same(tmp_path, changes):
     """rope_theta and rope_scaling as transformers 4 wrote them.
 
-    Red: architecture.py:rope_parameters: `or raw.get("rope_scaling")` -> ``
+    Red: architecture.py:rope_parameters: `else "rope_scaling"` -> `else "none"`
     """
     random_peer(tmp_path, **copy.deepcopy(changes))
     new, path = model.load(tmp_path, torch.float64), tmp_path / "config.json"
