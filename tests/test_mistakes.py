@@ -171,13 +171,8 @@ def test_a_mistake_ends_with_one_sentence_and_exit_code_2(case, place, capsys):
     Red: evaluate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: page.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: generate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
-<<<<<<< HEAD
-    Red: lora.py:main: `(ValueError, OSError, SafetensorError)` -> `ZeroDivisionError`
-    Red: config.py:check_device: `(RuntimeError, AssertionError, ImportError)` -> `KeyError`
-=======
     Red: lora.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
-    Red: config.py:check_device: `(RuntimeError, AssertionError)` -> `ZeroDivisionError`
->>>>>>> faults-folder
+    Red: config.py:check_device: `(RuntimeError, AssertionError, ImportError)` -> `KeyError`
     Red: config.py:parse_flags: `allow_abbrev=False` -> `allow_abbrev=True`
     Red: generate.py:main: `allow_abbrev=False` -> `allow_abbrev=True`
     Red: evaluate.py:main: `allow_abbrev=False` -> `allow_abbrev=True`
