@@ -203,7 +203,8 @@ def test_a_row_that_means_nothing_is_refused_by_file_and_line(tmp_path, line):
 
 MISSPELT = {
     "scoer": "score", "Score": "score", "scores": "score", "scor": "score", "score ": "score",
-    "SCORE": "score", "scare": "score", "sytem": "system", "Input": "input", "lable": "label", "ratings": "rating"}
+    "SCORE": "score", "scare": "score", "sytem": "system", "Input": "input", "lable": "label",
+    "ratings": "rating"}
 
 
 @pytest.mark.parametrize("name", MISSPELT)
