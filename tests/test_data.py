@@ -237,7 +237,7 @@ def test_feedback_that_a_format_does_not_read_is_refused(tmp_path, row):
 @pytest.mark.parametrize("row", [
     {"prompt": "q", "response": "a", "id": 1, "source": "x", "date": "2024", "answers": [], "meta":
      {}, "prompt_id": 7}, {"prompt": "q", "chosen": "a", "rejected": "b", "rating": [5, 1],
-     "ratings": [5, 1], "output": "a", "answers": "a"}])
+     "responses": [], "answers": "a"}])
 def test_columns_that_nobody_reads_are_let_be(tmp_path, row):
     """Real data sets carry them, also names near to one that the row has or could not use.
     Red: doubts.py:near: `len(b) > 4` -> `len(b) > 3`
