@@ -286,7 +286,7 @@ def test_a_file_that_is_no_text_is_refused_before_it_fills_memory(
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: p.symlink_to("/dev/zero")])
 def test_only_a_regular_file_is_read(tmp_path, make):
     """A pipe would hang and a device would never end.
-    Red: records.py:check_file: `if not stat.S_ISREG(mode)` -> `if stat.S_ISDIR(mode)`"""
+    Red: records.py:check_file: `if not stat.S_ISREG(mode)` -> `if stat.S_ISFIFO(mode)`"""
     make(tmp_path / "x.jsonl")
     with pytest.raises(ValueError, match="expected a regular file"):
         read(tmp_path / "x.jsonl")
