@@ -305,7 +305,7 @@ def test_a_row_that_contradicts_itself_is_dropped_with_a_reason(tmp_path, row, r
     """Its gradient would be zero, or its rewards turned round.
     Red: doubts.py:usable: `e.response.strip() == "DUMMY_ANSWER"` -> `False`
     Red: data.py:read_pair: `rewards[0] < rewards[1] or` -> ``
-    Red: data.py:read_pair: `or chosen == rejected and` -> `or`
+    Red: data.py:read_pair: `or chosen == rejected and rewards[0] > rewards[1]` -> ``
     Red: data.py:read_messages: `if out and said[-1][0] != "assistant":` -> `if not out:`
     Red: doubts.py:usable: `b in (a, "system")` -> `b == "system"`
     Red: doubts.py:usable: `b in (a, "system")` -> `b == a`"""
