@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import config
-import evaluate
 import generate
 import lora
 import model
