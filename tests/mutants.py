@@ -1,10 +1,11 @@
 """Mutation scores: how many small faults, put into a file one at a time, the tests notice.
 
     python tests/mutants.py [NAME ...] [-j N] [--most N]          (OMP_NUM_THREADS=1, see Makefile)
-tests/faults.py says what a fault is. Each runs in a fork of a process that has torch loaded, with
-the tests that reach its line, in a copy of the repository. A test that fails, or code that cannot
-be loaded, kills it; a timeout does not count. Survivors are listed with their diffs in
-runs/mutants/. Needs requirements-proofs.txt.
+tests/mutations.py says what a fault is. Each runs in a fork of a process that has torch loaded,
+with the tests that reach its line, in a copy of the repository. A test that fails, or code that
+cannot be loaded, kills it; a timeout does not count. Survivors are listed with their diffs in
+runs/mutants/; those that docs/mutants.md calls equivalent are told apart. Needs
+requirements-proofs.txt.
 """
 import argparse
 import difflib
@@ -23,7 +24,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
-import faults
+import mutations
 import pytest
 from coverage import CoverageData
 
@@ -96,7 +97,7 @@ def verdict(task: tuple) -> tuple[int, str, str, list[str]]:
 def measure(name: str, jobs: int, most: int) -> tuple[int, Counter]:
     """(faults there are, verdicts of those tried); the survivors go to runs/mutants/NAME.txt."""
     source, began = (ROOT / f"{name}.py").read_text("utf-8"), time.monotonic()
-    found = faults.faults(source)
+    found = mutations.mutations(source)
     tried = random.Random(0).sample(found, min(most, len(found)))
     files = [f"tests/test_{f}.py" for f in PLAN[name][1].split()]
     files = [f for f in files if (ROOT / f).is_file()]

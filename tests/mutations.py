@@ -66,7 +66,7 @@ def parts(node: ast.AST) -> Iterator[ast.AST]:
                     yield from parts(child)
 
 
-def faults(source: str) -> list[tuple[int, str]]:
+def mutations(source: str) -> list[tuple[int, str]]:
     """(line, whole changed source) of every fault."""
     lines, found = source.splitlines(keepends=True), {}
     starts = [sum(map(len, lines[:i])) for i in range(len(lines))]
