@@ -13,7 +13,7 @@ OTHER = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast
          ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
          ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr}
 SPEAKS = {"print", "add_argument", "ArgumentParser", "add_parser", "exit", "flag"}
-EITHER = {"max", "min", "equal", "promote_types", "getattr", "hasattr", "isinstance"}  # or dull
+EITHER = {"max", "min", "equal", "promote_types", "transpose", "addcmul_"}  # no order to mistake
 
 
 def called(node: ast.Call) -> str:
@@ -76,5 +76,6 @@ def mutations(source: str) -> list[tuple[int, str]]:
             b = starts[part.end_lineno - 1] + part.end_col_offset
             text = ast.unparse(ast.fix_missing_locations(new))
             text = f"({text})" if isinstance(new, ast.expr) else text
-            found[source[:a] + text + source[b:]] = part.lineno
+            if ast.dump(new) != ast.dump(part):
+                found[source[:a] + text + source[b:]] = part.lineno
     return [(line, text) for text, line in found.items()]
