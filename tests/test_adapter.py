@@ -104,6 +104,19 @@ def test_a_loaded_adapter_has_no_dropout_by_default_and_trains_alone(tmp_path):
     assert all(p.requires_grad == ("lora_" in n) for n, p in net.named_parameters())
 
 
+@pytest.mark.parametrize("way", [True, "gaussian"])
+def test_how_an_adapter_was_begun_does_not_matter_to_its_reader(tmp_path, way):
+    """Where the base was left alone: these two only draw A and B.
+
+    Red: peft_folder.py:read: `in (True, "gaussian")` -> `in ()`
+    """
+    net, again = adapted(), tiny.transformer()
+    lora.save(net, tmp_path, "base")
+    edit(tmp_path, init_lora_weights=way)
+    lora.load(again, tmp_path)
+    assert same(net, again)
+
+
 def test_ranks_and_alphas_that_differ_by_layer_survive(tmp_path):
     """Layers unlike the first are listed in rank_pattern and alpha_pattern.
 
