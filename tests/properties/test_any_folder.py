@@ -29,11 +29,20 @@ ropes = st.fixed_dictionaries({}, optional={
     "rope_type": st.sampled_from(("default", "linear", "llama3", "yarn")), "type": texts,
     "rope_theta": numbers, "factor": numbers, "low_freq_factor": numbers,
     "high_freq_factor": numbers, "original_max_position_embeddings": numbers})
-changes = st.dictionaries(st.sampled_from(KEYS), st.one_of(
-    numbers, ropes, st.lists(st.sampled_from(("full_attention", "sliding_attention", "x")))),
-    max_size=3)
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "num_attention_heads")
+LAYERS = ("full_attention", "sliding_attention", "x", 3)
+changes = st.one_of(
+    st.dictionaries(st.sampled_from(SIZES), st.integers(-2, 9) | st.floats(0.5, 9) | texts |
+                    st.booleans(), min_size=1, max_size=2),
+    st.fixed_dictionaries({"rms_norm_eps": st.floats() | numbers}),
+    st.fixed_dictionaries({"rope_theta": st.floats() | numbers}),
+    st.fixed_dictionaries({"rope_parameters": ropes | values}),
+    st.fixed_dictionaries({"sliding_window": numbers, "layer_types": st.lists(
+        st.sampled_from(LAYERS), max_size=3)}),
+    st.dictionaries(st.sampled_from(KEYS), numbers | ropes, max_size=3))
 kinds = st.sampled_from(architecture.SUPPORTED)
-damages = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)),
+damages = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.just(b"\xff" * 8) |
+                             st.binary(min_size=1, max_size=4)),
                    min_size=1, max_size=3)
 
 
@@ -110,7 +119,7 @@ def test_any_config_file_is_read_or_refused_by_its_path(tmp_path_factory, conten
     assert isinstance(found, architecture.ModelConfig) or str(found).startswith(f"{path}: ")
 
 
-@given(st.dictionaries(st.sampled_from(KEYS), numbers | ropes, min_size=1, max_size=2))
+@given(changes)
 def test_a_model_folder_with_another_config_is_loaded_or_refused(saved, changed):
     """Sizes that do not fit the tensors are refused before anything is computed.
     Red: model.py:check_tensors: `if tensor.shape !=` -> `if (1,) ==`"""

@@ -183,7 +183,7 @@ def test_smoothing_by_e_is_a_mixture_of_the_pair_and_its_reverse(w, l, beta, e):
 def test_every_loss_and_gradient_is_finite_for_logps_down_to_minus_1e4_in_float32(one, two, beta):
     """Also where a sigmoid is 0 or 1 to rounding. SFT and DRO have no limit but float32's.
     Red: losses.py:uft_bce: `logsigmoid(u)` -> `torch.log(torch.sigmoid(u))`
-    Red: losses.py:reward_model: `logsigmoid(chosen - rejected)` -> `(chosen - rejected).sigmoid().log()`
+    Red: losses.py:reward_model: `logsigmoid(chosen - rejected)` -> `(chosen - rejected).exp()`
     """
     l, l0 = torch.tensor(one), torch.tensor(two)
     for name, loss in ROWS.items():
