@@ -13,6 +13,7 @@ import importlib
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -29,6 +30,8 @@ import pytest
 from coverage import CoverageData
 
 ROOT = Path(__file__).resolve().parent.parent
+LISTED = ROOT / "docs/mutants.md"  # survivors with their reasons
+EQUIVALENT = re.compile(r"^- `(\w+\.py)`: `(.*)` -> `(.*)`: equivalent", re.MULTILINE)
 PLAN = {  # file: the score to reach in percent, and the tests that may kill
     "losses": (97, "losses losses_pairs losses_kto gradients train"),
     "lora": (92, "lora adapter packing gradients train"),
@@ -48,8 +51,8 @@ def reached(folder: Path, name: str, files: list[str]) -> tuple[dict, Counter]:
     """({line: tests that run it}, {test: seconds}) of a file, from one run with coverage."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-qp", "no:cacheprovider", f"--cov={name}",
-         "--cov-context=test", "--cov-report=", "--junitxml=times.xml", *files], cwd=folder,
-        capture_output=True, text=True, check=False)
+         "--cov-config=/dev/null", "--cov-context=test", "--cov-report=", "--junitxml=times.xml",
+         *files], cwd=folder, capture_output=True, text=True, check=False)
     if run.returncode:
         sys.exit(f"{run.stdout[-3000:]}The tests must pass before the code is broken.")
     seconds, data = Counter(), CoverageData(folder / ".coverage")
@@ -94,6 +97,12 @@ def verdict(task: tuple) -> tuple[int, str, str, list[str]]:
     return line, text, said, names
 
 
+def change(source: str, text: str) -> tuple[str, str]:
+    """The lines that differ, before and after, without the blanks around them."""
+    diff = list(difflib.unified_diff(source.splitlines(), text.splitlines(), n=0))[3:]
+    return tuple(" ".join(d[1:].strip() for d in diff if d[0] == sign) for sign in "-+")
+
+
 def measure(name: str, jobs: int, most: int) -> tuple[int, Counter]:
     """(faults there are, verdicts of those tried); the survivors go to runs/mutants/NAME.txt."""
     source, began = (ROOT / f"{name}.py").read_text("utf-8"), time.monotonic()
@@ -115,13 +124,17 @@ def measure(name: str, jobs: int, most: int) -> tuple[int, Counter]:
             results = sorted(pool.imap_unordered(verdict, tasks), key=lambda r: r[0])
     out = ROOT / "runs/mutants" / f"{name}.txt"
     out.parent.mkdir(parents=True, exist_ok=True)
+    known, counts = EQUIVALENT.findall(LISTED.read_text("utf-8")), Counter()
     with open(out, "w", encoding="utf-8") as report:
-        for line, text, said, names in (r for r in results if r[2] != "killed"):
-            diff = difflib.unified_diff(source.splitlines(), text.splitlines(), n=0, lineterm="")
-            report.write(f"{name}.py:{line} {said}, {len(names)} tests\n"
-                         + "".join(f"    {d}\n" for d in list(diff)[3:]))
+        for line, text, said, names in results:
+            before, after = change(source, text)
+            same = said == "survived" and (f"{name}.py", before, after) in known
+            counts["equivalent" if same else said] += 1
+            if said != "killed" and not same:
+                report.write(f"- `{name}.py`: `{before}` -> `{after}`: {said}, line {line}, "
+                             f"{len(names)} tests\n")
     print(f"{name}.py: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return len(found), Counter(r[2] for r in results)
+    return len(found), counts
 
 
 def main() -> None:
@@ -135,11 +148,11 @@ def main() -> None:
     low = []
     for name in args.names or [n for n in PLAN if (ROOT / f"{n}.py").is_file()]:
         total, counts = measure(name, args.jobs, args.most)
-        tried, score = counts.total(), 100 * counts["killed"] / counts.total()
-        sample = f", a sample of {total}" if tried < total else ""
-        print(f"{name}.py: {counts['killed']} of {tried} killed{sample}, {counts['survived']} "
-              f"survived, {counts['timeout']} timeouts: {score:.1f}%, goal {PLAN[name][0]}%",
-              flush=True)
+        tried, killed, same = counts.total(), counts["killed"], counts["equivalent"]
+        sample, score = f" (of {total})" * (tried < total), 100 * killed / (tried - same)
+        print(f"{name}.py: {tried} faults{sample}, {killed} killed, {counts['survived']} survived, "
+              f"{counts['timeout']} timeouts, {same} listed as equivalent: {score:.1f}% "
+              f"({100 * killed / tried:.1f}% of all), goal {PLAN[name][0]}%", flush=True)
         low += [name] * (score < PLAN[name][0])
     sys.exit(f"below the goal: {', '.join(low)}" if low else 0)
 

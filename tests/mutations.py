@@ -60,7 +60,7 @@ def parts(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.Raise) or speaks:
         return
     for name, value in ast.iter_fields(node):
-        if name not in ("annotation", "returns", "decorator_list"):
+        if name not in ("annotation", "returns", "decorator_list", "msg"):
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     yield from parts(child)

@@ -50,7 +50,7 @@ def test_the_losses_of_pairs_are_their_formulas_in_plain_floats(w, l, beta, e):
     Red: losses.py:dpo: `label_smoothing * logsigmoid(-z)` -> `label_smoothing * logsigmoid(z)`
     Red: losses.py:ipo: `1 / (2 * beta)).square()` -> `1 / beta).square()`
     Red: losses.py:bco_pair: `logsigmoid(-rejected)` -> `logsigmoid(rejected)`
-    Red: losses.py:simpo: `- gamma)` -> `+ gamma)`"""
+    Red: losses.py:simpo: `logps) - gamma)` -> `logps) + gamma)`"""
     z, zero, pair = beta * (w - l), real(0), (real(w), real(l))
     refs = zero, zero, beta
     assert near(losses.dpo(*pair, *refs, e), (1 - e) * softplus(-z) + e * softplus(z))
@@ -204,7 +204,7 @@ def test_z0_is_the_mean_log_ratio_cut_at_0_and_teaches_nothing(ratio, shift):
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any), st.integers(1, 4))
 def test_a_token_mean_in_parts_is_the_token_mean(lengths, size):
     """However the rows are cut, given the step's tokens_per_row.
-    Red: losses.py:sft_token_mean: `/ tokens_per_row` -> `/ mask.sum(-1).clamp(min=1)`"""
+    Red: losses.py:sft_token_mean: `.sum(-1) / tokens_per_row` -> `.mean(-1)`"""
     mask = torch.arange(4) < torch.tensor(lengths)[:, None]
     values = -torch.arange(1.0, 4 * len(lengths) + 1).view(-1, 4).double()
     whole = losses.sft_token_mean(values, mask)

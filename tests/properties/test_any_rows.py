@@ -211,8 +211,8 @@ ranges = st.tuples(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6)).map(lambda t: (t[
 @given(ranges, st.floats(0, 1), st.floats(0, 1))
 def test_a_score_range_is_mapped_onto_0_to_1_without_changing_the_order(limits, one, two):
     """Both ends exactly; a greater score is never a smaller reward.
-    Red: data.py:scaled: `/ (high - low)` -> `/ high`
-    Red: data.py:scaled: `(value - low)` -> `(high - value)`"""
+    Red: data.py:scaled: `return (value - low) / (high - low)` -> `return (value - low) / high`
+    Red: data.py:scaled: `return (value - low)` -> `return (high - value)`"""
     low, high = limits
     scores = [min(high, low + part * (high - low)) for part in sorted((one, two))]
     rewards = [data.scaled(s, "score", low, high) for s in (low, *scores, high)]
