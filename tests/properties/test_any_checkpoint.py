@@ -55,7 +55,7 @@ def test_a_run_goes_on_just_if_its_files_are_the_ones_it_began_with(old, new):
 @given(seeds)
 def test_a_checkpoint_gives_back_every_bit_of_adapters_and_optimizer(tmp_path_factory, seed):
     """Whatever their numbers.
-    Red: checkpoint.py:restore: `lora_A.data.copy_(a)` -> `lora_A.data.copy_(a.bfloat16())`
+    Red: checkpoint.py:restore: `data.copy_(tensor)` -> `data.copy_(tensor.bfloat16())`
     Red: checkpoint.py:restore: `optimizer.state[weights[name]][part] = tensor` -> `_ = tensor`"""
     nets = []
     for fill in (True, False):
