@@ -158,6 +158,16 @@ def test_a_chat_remembers_its_turns(base, monkeypatch, capsys):
     assert capsys.readouterr().out == "ten\nnine\n"
 
 
+def test_without_a_prompt_the_command_is_a_chat(base, monkeypatch, capsys):
+    """It reads lines until there are none.
+    Red: generate.py:main: `return converse(net, chat, args)` -> `return`"""
+    typed = iter(["Say one"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, None) or (_ for _ in ()).throw(
+        EOFError))
+    generate.main(["--model", str(base), "--template", "plain", "--max_new_tokens", "3"])
+    assert capsys.readouterr().out and next(typed, None) is None
+
+
 def test_the_command_answers_each_prompt_greedily(base, capsys):
     """With the adapter it is given: the same text as complete.
     Red: generate.py:main: `lora.load(net, args.adapter)` -> `pass`
