@@ -66,9 +66,11 @@ def place(tmp_path_factory):
 def test_a_save_that_syncs_everything_before_its_rename_has_no_complaints():
     """Red: tests/crash/trace.py:calls: `rest = open_calls.pop(pid, "") + resumed[1]` -> `continue`
     Red: tests/crash/trace.py:history: `del found[path]` -> `pass`
+    Red: tests/crash/trace.py:Call.paths: `str(Path(folder) / name) for` -> `name for`
     Red: tests/crash/trace.py:complaints: `or "/tmp-" in` -> `or "/none-" in`"""
     assert complaints(SAVE) == []
     assert [c.result for c in trace.calls("\n".join(SAVE)) if c.pid == 8] == ["9"]
+    assert trace.Call(7, "unlinkat", f'4<{OUT}/a>, "b", 0', "0").paths() == [f"{OUT}/a/b"]
     assert trace.checkpoints(trace.calls("\n".join(SAVE)), points.Path(OUT)) == ["step-2"]
 
 

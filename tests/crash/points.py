@@ -108,14 +108,14 @@ def outcome(place: Place, point: Point) -> tuple[str, list[str]]:
     kept, hit = [p.name for p in trial.steps(out)], mine(file, point.call)[point.when - 1:]
     text = (place.root / "point.log").read_text("utf-8")
     paths = [Path(p) for call in hit[:1] for p in call.paths() if Path(p).is_relative_to(out)]
-    wrong = judged(place, code, point.fault == "KILL")
+    wrong = judged(place, code, point.fault == "KILL", point.torn)
     wrong += ["the fault missed the run folder"] * (not paths)
     where = str(paths[0].relative_to(out)) if paths else "?"
     last = f"  {text.strip().splitlines()[-1][:90]}" if code == 2 else ""
     return f"{where:50} code {code}, {' '.join(kept) or 'no checkpoint'}{last}", wrong
 
 
-def judged(place: Place, code: int, killed: bool) -> list[str]:
+def judged(place: Place, code: int, killed: bool, torn: bool = False) -> list[str]:
     """What is wrong after a run that ended with `code` under a fault; it then goes on to its end.
 
     A killed run is resumed; a failed call ends the run with code 2 and a sentence, or does no harm
@@ -126,7 +126,9 @@ def judged(place: Place, code: int, killed: bool) -> list[str]:
     wrong += ["a traceback"] * ("Traceback" in text)
     if code == 2:
         wrong += ["the sentence names no file"] * (str(out) not in text.strip().splitlines()[-1])
-        wrong += [f"{name} left behind" for name in sorted(trial.unfinished(out))]
+        old = trial.unfinished(place.root / "torn") if torn else set()  # without the lock it stays
+        wrong += [f"{name} left behind" for name in sorted(trial.unfinished(out) - old)
+                  if not name.startswith("tmp-old.")]  # whose removal failed
     wrong += trial.unusable(out)
     if code:
         wrong += go_on(place)

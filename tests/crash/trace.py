@@ -26,13 +26,15 @@ class Call(NamedTuple):
     result: str
 
     def paths(self) -> list[str]:
-        """The paths that it names or has open, in order; those in quotes may be relative."""
-        found = re.findall(r'"((?:[^"\\]|\\.)*)"(?!\.\.\.)|<(/[^>]*)>', self.args)
+        """The paths that it names or has open, in order, those beside a folder's handle joined."""
+        text = r'"((?:[^"\\]|\\.)*)"'
+        if self.name.endswith(("at", "at2")):  # 4</a/folder>, "name"
+            beside = re.findall(rf"<(/[^>]*)>, {text}", self.args)
+            if beside:
+                return [str(Path(folder) / name) for folder, name in beside]
         if self.name in WRITES:  # its text is no path
-            found = [(a, b) for a, b in found if b]
-        if self.name.endswith(("at", "at2")):  # AT_FDCWD</where/the/process/is>
-            found = [(a, b) for a, b in found if a] or found
-        return [a or b for a, b in found]
+            text = "(?!)()"
+        return [a or b for a, b in re.findall(rf"{text}|<(/[^>]*)>", self.args)]
 
     def failed(self) -> bool:
         return self.result.startswith(("-1", "?"))
