@@ -80,7 +80,7 @@ def test_what_a_plain_adapter_is_not_is_written_out(tmp_path):
 
     Red: lora.py:save: `"inference_mode": True` -> `"inference_mode": False`
     Red: lora.py:save: `"bias": "none", ` -> ``
-    Red: lora.py:save: `metadata={"format": "pt"}` -> `metadata={}`
+    Red: lora.py:save: `"format": "pt", "base"` -> `"base"`
     """
     lora.save(adapted(), tmp_path, "base")
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -94,7 +94,7 @@ def test_what_a_plain_adapter_is_not_is_written_out(tmp_path):
 def test_a_loaded_adapter_has_no_dropout_by_default_and_trains_alone(tmp_path):
     """A folder that names no lora_dropout, a model whose weights all asked for gradients.
 
-    Red: lora.py:load: `config.get("lora_dropout", 0.0)` -> `config.get("lora_dropout", 0.5)`
+    Red: peft_config.py:read: `"lora_dropout": 0.0` -> `"lora_dropout": 0.5`
     Red: lora.py:load: `model.requires_grad_(False)` -> `pass`
     """
     lora.save(adapted(), tmp_path, "base")
@@ -109,7 +109,7 @@ def test_a_loaded_adapter_has_no_dropout_by_default_and_trains_alone(tmp_path):
 def test_how_an_adapter_was_begun_does_not_matter_to_its_reader(tmp_path, way):
     """Where the base was left alone: these two only draw A and B.
 
-    Red: peft_folder.py:read: `in (True, "gaussian")` -> `in ()`
+    Red: peft_config.py:read: `and init != "gaussian"` -> ``
     """
     net, again = adapted(), tiny.transformer()
     lora.save(net, tmp_path, "base")

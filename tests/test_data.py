@@ -320,14 +320,14 @@ def test_a_row_that_contradicts_itself_is_dropped_with_a_reason(tmp_path, row, r
      "rejected": listed(said("q", "c"))}])
 def test_a_row_whose_answer_or_history_is_not_there_is_dropped(tmp_path, row):
     """The last turn is the assistant's, and no turn before it is lost.
-    Red: data.py:answered: `role != "assistant"` -> `False`
+    Red: data.py:answered: `said[-1][0] != "assistant"` -> `False`
     Red: data.py:read_pair: `said[:len(prompt)] != prompt` -> `False`"""
     examples, dropped, _ = data.read(written(tmp_path, GOOD, row))
     assert len(examples) == len(dropped) == 1
 
 
 def test_system_and_history_columns_stand_before_the_prompt(tmp_path):
-    """Red: data.py:read_prompt: `lead * bool(row.get("system")) + ` -> ``
+    """Red: data.py:read_prompt: `(("system", row["system"]),)` -> `()`
     Red: data.py:read_prompt: `tuple(past) + ` -> ``"""
     row = {"instruction": "q", "output": "a", "system": "be kind", "history": [["p", "o"]]}
     example, = data.read(written(tmp_path, row))[0]

@@ -184,8 +184,8 @@ def test_a_row_that_its_template_refuses_is_named(tmp_path):
 
 def test_a_template_writes_json_as_transformers_lets_it(tmp_path):
     """Letters stay letters, < and ' are not escaped for a web page.
-    Red: tokens.py:compile_template: `ensure_ascii=ensure_ascii` -> `ensure_ascii=True`
-    Red: tokens.py:compile_template: `["tojson"] = tojson` -> `["json"] = tojson`"""
+    Red: templates.py:compile_template: `ensure_ascii=ensure_ascii` -> `ensure_ascii=True`
+    Red: templates.py:compile_template: `["tojson"] = tojson` -> `["json"] = tojson`"""
     talk = chat(tmp_path, template="checkpoint", own="{% for m in messages %}"
                 "{% if m.role == 'user' %}{{ m.content | tojson }}{% else %}{{ m.content }}"
                 "{% endif %}{% endfor %}")
