@@ -36,7 +36,7 @@ def test_rows_that_repeat_or_contradict_earlier_ones_are_counted(tmp_path, base)
     Red: doubts.py:repeats: `seen[key] == row.reward` -> `key`
     Red: doubts.py:repeats: `seen.setdefault(key, row.reward)` -> `pass`
     Red: doubts.py:repeats: `tuple(row.ids)` -> `0`
-    Red: mixture.py:load_data: `*doubt.items(), ` -> ``"""
+    Red: mixture.py:load_data: `*doubt.items(), ` -> `*(), `"""
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for path, scores in zip(paths, ((1, 1, 0, 1), (1, 0.5)), strict=True):
         path.write_text("".join(json.dumps({"prompt": "q", "response": "ab"[i == 2], "score": s})
