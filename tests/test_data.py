@@ -344,9 +344,9 @@ def test_a_gzip_cut_short_is_named(tmp_path):
 
 def test_rows_without_an_answer_or_a_common_prompt_are_dropped_and_counted(tmp_path):
     """Each with file, line and reason; a file that has no other is refused.
-    Red: data.py:read_rows: `e.response.strip()` -> `e.response`
+    Red: doubts.py:usable: `and e.response.strip()` -> ``
     Red: data.py:read_pair: `if said != also` -> `if False`
-    Red: data.py:read_rows: `if not made` -> `if False`"""
+    Red: doubts.py:usable: `if not made` -> `if False`"""
     bad = [{"prompt": "q", "response": " \n"}, {"prompt": [], "response": "a"},
            {"prompt": "q", "chosen": "a", "rejected": ""}, {"messages": A[:1]}, {"messages": []},
            {"chosen": f"{HH} x", "rejected": f"{HH[:-12]}s\n\nAssistant: x"},
