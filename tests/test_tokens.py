@@ -182,7 +182,7 @@ def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
 def test_the_template_is_looked_for_in_adapter_then_file_then_key(tmp_path):
     """Of a list of named templates the default; a template asked for by name beats them all.
     Red: templates.py:template_source: `for folder in folders` -> `for folder in folders[::-1]`
-    Red: templates.py:template_source: `.get("default")` -> `.get("tool_use")`"""
+    Red: templates.py:template_source: `get("default", ""` -> `get("tool_use", ""`"""
     folders, named = [tmp_path / "adapter", tmp_path / "model"], ("tool_use", "default")
     folders[0].mkdir(), folders[1].mkdir()
     config = {"chat_template": [{"name": n, "template": n} for n in named]}

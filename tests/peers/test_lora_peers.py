@@ -120,7 +120,7 @@ def test_an_adapter_written_here_opens_in_peft(tmp_path, kind, targets, recwarn)
 def test_initialisations_that_change_the_base_are_refused(tmp_path, init):
     """peft takes their start out of the base weights: read as plain LoRA it would be doubled.
 
-    Red: lora.py: `"init_lora_weights", "use_qalora"` -> `"use_qalora"`
+    Red: peft_config.py:read: `init is not True` -> `init is None`
     """
     config = CONFIGS["plain"] | {"init_lora_weights": init}
     random_peer(tmp_path / "base", model_type="mistral")
