@@ -499,4 +499,5 @@ def mixtures() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    return [*files(), *syntax(), *sizes(), *encodings(), *columns(), *feedback(), *answers(), *mixtures()]
+    return [*files(), *syntax(), *sizes(), *encodings(), *columns(), *feedback(), *answers(),
+            *mixtures()]
