@@ -193,6 +193,8 @@ def train(config: Config) -> Path:
     config = replace(config, device=parallel.start(config))
     check_device(config.device)
     folder, out = model.resolve(config.model), run_folder(config)
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"--out {out} lies in the model folder {folder}: choose another --out")
     chat, tests = open_chat(config, folder), exam.read_tests(config)
     exam.check_room(tests, chat, model.ModelConfig.from_folder(folder).max_position_embeddings)
     files, *loaded = mixture.load_data(config, chat, LOSSES[config.loss].reads)
