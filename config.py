@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from command import Parser, check, low_high, number, stop, whole
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REPEATED = ("data", "test")  # flags given once for every file
 
@@ -60,28 +62,34 @@ class Config:
 
     def __post_init__(self) -> None:
         """ValueError names the flag."""
-        rules = (
+        check(self, (
             ("something", bool, "model data"), ("0 to 1", lambda x: 0 <= x <= 1, "warmup"),
             ("0 to below 1", lambda x: 0 <= x < 1, "lora_dropout"),
             ("0 to below 1/2", lambda x: 0 <= x < 0.5, "label_smoothing"),
             ("2 or more", lambda x: x > 1, "max_length keep"),
-            ("a number above 0", lambda x: 0 < x < math.inf,
-             "beta epochs batch_size micro_batch_tokens lora_r lora_alpha max_grad_norm "
-             "timeout"),
-            ("0 or more", lambda x: 0 <= x < math.inf, "lr steps held_out seed sample_tokens "
-             "save_every weight_decay desirable_weight undesirable_weight orpo_weight simpo_gamma"),
-            ("LOW,HIGH with LOW < HIGH", lambda x: len(x) == 2 and x[0] < x[1], "score_range"))
-        for wanted, good, names in rules:
-            for name in (n for n in names.split() if not good(getattr(self, n))):
-                raise ValueError(f"--{name}: found {getattr(self, name)!r}, expected {wanted}")
+            ("1 to 65536", lambda x: 0 < x <= 2**16, "batch_size lora_r"),
+            ("a number above 0, up to 10^9", lambda x: 0 < x <= 1e9,
+             "epochs micro_batch_tokens timeout"),
+            ("a number above 0, up to 10^30", lambda x: 0 < x <= 1e30,
+             "beta lora_alpha max_grad_norm lr"),
+            ("0 to 10^9", lambda x: 0 <= x <= 1e9, "steps held_out sample_tokens save_every seed"),
+            ("0 to 10^30", lambda x: 0 <= x <= 1e30,
+             "weight_decay desirable_weight undesirable_weight orpo_weight simpo_gamma"),
+            ("two numbers LOW,HIGH with LOW < HIGH", is_range, "score_range")))
+
+
+def is_range(x: tuple) -> bool:
+    return len(x) == 2 and -math.inf < x[0] < x[1] < math.inf
 
 
 def check_device(name: str) -> None:
     """ValueError where torch, as it is installed here, cannot use the device."""
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {error}".split("\n")[0]) from None
+        if torch.empty(0, device=name).device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("expected cpu, cuda or mps")
+    except (RuntimeError, AssertionError, ImportError) as error:
+        what = str(error).split("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here: {what}; try --device cpu") from None
 
 
 def boolean(text: str) -> bool:
@@ -96,10 +104,10 @@ def parse_flags(argv: Sequence[str] | None, choices: dict[str, Sequence[str]]) -
     choices limits flags to the names given. Exits with code 2 and a sentence on a wrong flag.
     """
     usage = "train.py --model DIR --data FILE [--FLAG VALUE ...]   (see --help)"
-    parser = argparse.ArgumentParser("train.py", usage, allow_abbrev=False)
-    read = {bool: (boolean, "BOOL"), int: (int, "N"), float: (float, "X"), str: (str, "NAME"),
+    parser = Parser("train.py", usage, allow_abbrev=False)
+    read = {bool: (boolean, "BOOL"), int: (whole, "N"), float: (number, "X"), str: (str, "NAME"),
             tuple[str, ...]: (lambda text: tuple(text.split(",")), "A,B"),
-            tuple[float, float]: (lambda text: tuple(map(float, text.split(","))), "LOW,HIGH")}
+            tuple[float, float]: (low_high, "LOW,HIGH")}
     for f in fields(Config):
         (kind, shape), default = read[f.type], f.default
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
@@ -113,4 +121,4 @@ def parse_flags(argv: Sequence[str] | None, choices: dict[str, Sequence[str]]) -
     try:
         return Config(**given | {name: tuple(given[name]) for name in REPEATED})
     except ValueError as error:
-        parser.exit(2, f"train.py: {error}\n")
+        stop(parser.prog, error)

@@ -4,8 +4,6 @@ A demonstration is feedback with reward 1 and a pair is two rows, chosen first: 
 can tell instruction data from feedback, which is the paper's idea in one line of data (UFT 2.3).
 Every format is recognised by its columns (FORMATS). tokens.py turns the text into batches.
 """
-import gzip
-import json
 import os
 import re
 import zlib
@@ -15,6 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+
+import doubts
+import records
+from command import shown
+from doubts import Skip
 
 Messages = tuple[tuple[str, str], ...]  # (role, content); roles are system, user, assistant
 
@@ -33,82 +36,45 @@ class Example:
 Unit = tuple  # the one row, or the two rows, that one loss term reads: Examples or Encoded ones
 
 
-class Skip(Exception):
-    """A row that cannot be used, with the reason: dropped, counted and listed."""
-
-
-def rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) of .jsonl, .json, either with .gz, or .parquet.   ValueError with line."""
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet as parquet  # large, and needed by few
-        except ImportError:
-            raise ValueError(f"{path}: reading parquet needs `pip install pyarrow`") from None
-        table = parquet.read_table(path).to_pylist()
-        yield from ((f"{path}:{i}", row) for i, row in enumerate(table, 1))
-        return
-    try:
-        yield from json_rows(path)
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
-
-
-def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """`rows` of a JSON list or of one object a line."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        first = file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # behind a BOM, if any
-        whole = path.name.removesuffix(".gz").endswith(".json") and first == b"["
-        file.seek(0)
-        yield from json_lines(path, [(1, file.read())] if whole else enumerate(file, 1), whole)
-
-
-def json_lines(path: Path, lines: Iterable, whole: bool = False) -> Iterator[tuple[str, dict]]:
-    """`rows` of (number, line) pairs, or of the one that lists them all."""
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line.decode("utf-8-sig"), parse_constant=refuse_constant)
-        except ValueError as error:
-            start = line[:80].decode("utf-8", "replace").strip()
-            raise ValueError(f"{path}:{number}: not valid JSON ({error}): {start}") from None
-        for i, row in enumerate(value if whole else [value]):
-            where = f"{path}:{number}" if not whole else f"{path} item {i + 1}"
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
-            yield where, row
-
-
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
-
-
 def text(value: object, name: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, found {str(value)[:80]!r}")
+        raise ValueError(f"{name} must be a text, found {shown(value)}")
     value.encode()  # a lone surrogate is a ValueError: no tokenizer takes it
+    return value
+
+
+def listed(value: object, name: str) -> list:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a list, found {shown(value)}")
     return value
 
 
 def scaled(value: object, name: str, low: float, high: float) -> float:
     """(value - low) / (high - low), a reward in [0, 1].   ValueError outside the range."""
-    if type(value) not in (int, float) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}, outside [{low:g}, {high:g}]; UFT needs rewards in "
-                         "[0, 1]: a `score` column on another scale needs --score_range LOW,HIGH")
+    if type(value) not in (int, float):
+        raise ValueError(f"{name} is {shown(value)}, which is no number")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {shown(value)}, outside [{low:g}, {high:g}]; UFT needs rewards"
+                         " in [0, 1]: a `score` column on another scale needs --score_range "
+                         "LOW,HIGH")
     return (value - low) / (high - low)
 
 
-def turns(value: str | list | dict, role: str) -> Messages:
+def turns(value: str | list | dict, role: str, name: str) -> Messages:
     """A text, a message or a list of messages (role/content or from/value) as Messages."""
     if not isinstance(value, list | dict):
-        return ((role, text(value, role)),)
+        return ((role, text(value, name)),)
     out = []
     for m in [value] if isinstance(value, dict) else value:
+        if not isinstance(m, dict):
+            raise ValueError(f"{name}: a message is an object with role and content, found "
+                             f"{shown(m)}")
         speaker = m.get("role", m.get("from"))
-        speaker = {"human": "user", "gpt": "assistant"}.get(speaker, speaker)
+        speaker = {"human": "user", "gpt": "assistant"}.get(str(speaker), speaker)
         if speaker not in ("system", "user", "assistant"):
-            raise ValueError(f"a message has the role {speaker!r}, not system, user or assistant")
-        out.append((speaker, text(m.get("content", m.get("value")), "a message's content")))
+            raise ValueError(f"{name}: a message has the role {shown(speaker)}, not system, user "
+                             "or assistant")
+        out.append((speaker, text(m.get("content", m.get("value")), f"{name}: its content")))
     return tuple(out)
 
 
@@ -121,26 +87,34 @@ def marked_turns(value: str, user: str, assistant: str) -> Messages:
 
 def read_prompt(row: dict) -> Messages:
     """The prompt of a row; an Alpaca input follows its instruction under its own heading."""
-    value = row["prompt"] if "prompt" in row else row["messages"]
+    name = "prompt" if "prompt" in row else "messages"
+    value, lead, past = row[name], (), []
+    if name == "messages" and not isinstance(value, dict):
+        listed(value, name)
     if isinstance(value, str) and row.get("input"):
         value += f"\n\n### Input:\n{text(row['input'], 'input')}"
     if isinstance(value, str) and "<extra_id_1>" in value:
         return marked_turns(value, "\n?<extra_id_1>User\n", "\n?<extra_id_1>Assistant\n")
-    lead = (("system", row["system"]),) if isinstance(row.get("system"), str) else ()
-    past = [turn for q, a in row.get("history") or () for turn in (("user", q), ("assistant", a))]
-    return lead * bool(row.get("system")) + tuple(past) + turns(value, "user")
+    if row.get("system") is not None and text(row["system"], "system"):
+        lead = (("system", row["system"]),)
+    for turn in listed(row.get("history") or [], "history"):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise ValueError(f"history holds pairs [question, answer], found {shown(turn)}")
+        past += zip(("user", "assistant"), (text(t, "a turn of history") for t in turn),
+                    strict=True)
+    return lead + tuple(past) + turns(value, "user", name)
 
 
-def answered(value: str | list | dict) -> tuple[Messages, str]:
+def answered(value: str | list | dict, name: str) -> tuple[Messages, str]:
     """(turns before, the last one, which must be the assistant's)."""
-    *before, (role, answer) = turns(value, "assistant")
-    if role != "assistant":
-        raise Skip("the last turn is not the assistant's")
-    return tuple(before), answer
+    said = turns(value, "assistant", name)
+    if not said or said[-1][0] != "assistant":
+        raise Skip("the last turn is not the assistant's" if said else f"no message in {name}")
+    return said[:-1], said[-1][1]
 
 
 def response(row: dict, where: str, reward: float, kind: str) -> list[Example]:
-    before, answer = answered(row["response"])
+    before, answer = answered(row["response"], "response")
     return [Example(read_prompt(row) + before, answer, reward, kind, where)]
 
 
@@ -151,12 +125,16 @@ def read_demonstration(row: dict, where: str) -> list[Example]:
 def read_messages(row: dict, where: str) -> list[Example]:
     """One demonstration per assistant turn, all turns before it being the prompt.   UFT 3.1"""
     said = read_prompt({k: v for k, v in row.items() if k != "prompt"})
-    return [Example(said[:t], content, 1.0, "sft", where)
-            for t, (role, content) in enumerate(said) if role == "assistant" and t > 0]
+    out = [Example(said[:t], content, 1.0, "sft", where)
+           for t, (role, content) in enumerate(said) if role == "assistant" and t > 0]
+    if out and said[-1][0] != "assistant":
+        raise Skip("the last turn is not the assistant's")
+    return out
 
 
 def read_ultrachat(row: dict, where: str) -> list[Example]:
-    said = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(row["data"])]
+    said = [{"role": ("user", "assistant")[i % 2], "content": c}
+            for i, c in enumerate(listed(row["data"], "data"))]
     return read_messages({"messages": said}, where)
 
 
@@ -172,10 +150,12 @@ def read_helpsteer(row: dict, where: str) -> list[Example]:
 
 
 def read_label(row: dict, where: str) -> list[Example]:
+    """Reward 1 or 0; of labelled messages the last is the answer."""
     if row["label"] not in (True, False):
-        raise ValueError(f"label must be true or false, found {row['label']!r}")
+        raise ValueError(f"label must be true or false, found {shown(row['label'])}")
     if "response" not in row:
-        row = row | {"prompt": row["messages"][:-1], "response": row["messages"][-1]}
+        *before, last = listed(row["messages"], "messages") or [None]
+        row = row | {"prompt": before, "response": [last] if last else []}
     return response(row, where, float(row["label"]), "chosen" if row["label"] else "rejected")
 
 
@@ -183,8 +163,8 @@ def read_pair(row: dict, where: str) -> list[Example]:
     """Two adjacent rows, rewards 1 and 0; UltraFeedback's scores 1-10 give (s - 1) / 9 instead."""
     chosen, rejected = row["chosen"], row["rejected"]
     asked = bool(row.keys() & {"prompt", "messages"})
-    if isinstance(chosen, str) and not asked:  # HH-RLHF: the prompt is where both begin alike
-        mark = "\n\nAssistant:"
+    if isinstance(chosen, str) and isinstance(rejected, str) and not asked:
+        mark = "\n\nAssistant:"  # HH-RLHF: the prompt is where both begin alike
         cut = os.path.commonprefix([chosen, rejected]).rfind(mark)
         if not cut == chosen.rfind(mark) == rejected.rfind(mark) or cut < 0:
             raise Skip("chosen and rejected have no common prompt")
@@ -192,12 +172,16 @@ def read_pair(row: dict, where: str) -> list[Example]:
         chosen, rejected = (t[cut + len(mark):].strip() for t in (chosen, rejected))
     else:
         prompt = read_prompt(row) if asked else ()
-    (said, chosen), (also, rejected) = answered(chosen), answered(rejected)
+    (said, chosen), (also, rejected) = answered(chosen, "chosen"), answered(rejected, "rejected")
     if said != also or len(prompt) > 1 and said and said[:len(prompt)] != prompt:
         raise Skip("chosen and rejected have no common prompt")
-    scores, rewards = row if "score_chosen" in row else row.get("metadata"), (1.0, 0.0)
-    if isinstance(scores, dict) and "score_chosen" in scores:
-        rewards = [scaled(scores[n], n, 1, 10) for n in ("score_chosen", "score_rejected")]
+    names = ("score_chosen", "score_rejected")
+    scores, rewards = row if row.keys() & set(names) else row.get("metadata"), (1.0, 0.0)
+    if isinstance(scores, dict) and scores.keys() & set(names):
+        rewards = [scaled(scores.get(n), n, 1, 10) for n in names]
+    if rewards[0] < rewards[1] or chosen == rejected and rewards[0] > rewards[1]:
+        raise Skip("chosen and rejected are the same text" if chosen == rejected else
+                   "the rejected answer has the higher score")
     prompt = said or prompt
     return [Example(prompt, chosen, rewards[0], "chosen", where),
             Example(prompt, rejected, rewards[1], "rejected", where)]
@@ -219,45 +203,53 @@ FORMATS: tuple[tuple[set[str], Callable[[dict, str], list[Example]], str], ...] 
 
 
 def parse(row: dict, where: str, score_range: tuple[float, float]) -> tuple[str, list[Example]]:
-    """(format, examples) of one row, recognised by its columns; further columns are ignored."""
+    """(format, examples) of one row, recognised by its columns; further columns are ignored.
+
+    But for feedback that its format does not read, and for names that look misspelt: ValueError.
+    """
+    doubts.check_names(row.keys(), ALIASES | {"answer": "response"})
     named = {ALIASES.get(k, k): v for k, v in row.items()}
     if len(named) < len(row):
-        raise ValueError(f"two columns for one thing among {sorted(row)}: rename or remove one")
+        raise ValueError(f"two columns for one thing among {shown(sorted(row))}: rename or remove "
+                         "one")
     if row.keys() >= {"question", "answer"}:  # GSM8K
         named["response"] = row["answer"]
     for columns, reader, name in FORMATS:
         if columns <= named.keys():
+            doubts.check_unread(named.keys(), columns, name)
             if reader is read_score:
                 named["score"] = scaled(row["score"], "score", *score_range)
             return name, reader(named, where)
     known = "; ".join("+".join(sorted(columns)) for columns, _, _ in FORMATS)
-    raise ValueError(f"cannot tell the format from the columns {sorted(row)}. Known: {known}")
+    raise ValueError(f"cannot tell the format from the columns {sorted(row)[:9]}. Known: {known}")
 
 
 def read(path: str | Path, score_range: tuple[float, float] = (0, 1)) -> tuple[list, list, list]:
     """`read_rows` of a file.   ValueError where it holds no usable row."""
-    examples, dropped, formats = read_rows(rows(Path(path)), score_range)
+    bad: list[str] = []
+    examples, dropped, formats = read_rows(records.rows(Path(path), bad), score_range, bad)
+    if bad:
+        more = f" (and {len(bad) - 1} more rows are wrong)" * (len(bad) > 1)
+        raise ValueError(f"{bad[0]}{more}: mend the file, or remove the row")
     if not examples:
-        raise ValueError(f"{path} holds no usable row ({len(dropped)} dropped)")
+        first = "".join(f", the first at {d['where']}: {d['reason']}" for d in dropped[:1])
+        raise ValueError(f"{path} holds no usable row ({len(dropped)} dropped{first})")
     return examples, dropped, formats
 
 
-def read_rows(found: Iterable, score_range: tuple[float, float]) -> tuple[list, list, list]:
+def read_rows(found: Iterable, score_range: tuple[float, float],
+              bad: list | None = None) -> tuple[list, list, list]:
     """(examples, dropped rows, formats seen) of `rows`.   ValueError names file and line."""
     examples, dropped, formats = [], [], Counter()
     for where, row in found:
         try:
             name, made = parse(row, where, score_range)
             formats[name] += 1
-            if not made:
-                raise Skip("no assistant turn")
-            if not all(e.prompt and e.response.strip() for e in made):
-                raise Skip("empty prompt or response")
-            examples += made
+            examples += doubts.usable(made)
         except Skip as reason:
             dropped.append({"where": where, "reason": str(reason)})
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise ValueError(f"{where}: {error}") from None
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            records.refuse(f"{where}: {error}", bad)
     return examples, dropped, list(formats)
 
 

@@ -3,7 +3,8 @@
 Letters: B rows, T tokens.
     python evaluate.py --model DIR [--adapter DIR] --data FILE [--data FILE]
 """
-import argparse
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,9 @@ import lora
 import losses
 import model
 import questions
-import reference
 import tokens
-from config import Config, check_device
+from command import Parser, check, low_high, number, stop, whole
+from config import check_device, is_range
 
 
 class Scores(NamedTuple):
@@ -79,23 +80,12 @@ def pair_starts(units: Sequence[Sequence]) -> list[int]:
     return [row for row, place in enumerate(places) if place == (0, 2)]
 
 
-def reference_point(net: model.Transformer, units: list, config: Config) -> tuple[Tensor, list]:
-    """KTO's z0 from mismatched rows of the whole step, no gradient; 0 for every other loss.
-
-    Also the units: z0's reference pass is theirs as well, and runs each prompt once.
-    """
-    rows = [e for unit in units for e in unit]
-    others = tokens.mismatch(rows) if config.loss == "kto" else []
-    if not others:
-        return torch.zeros((), device=next(net.parameters()).device), units
-    filled = reference.fill(net, list(zip(rows, others, strict=True)), {},
-                            config.micro_batch_tokens)
-    groups = tokens.micro_batches([[other] for _, other in filled], config.micro_batch_tokens)
-    with torch.no_grad():
-        found = [score(net, tokens.collate([e for e, in group]), reference=True)
-                 for group in groups]
-    logps, ref_logps = (torch.cat([f[i] for f in found]) for i in (0, 1))
-    return losses.kto_z0(logps, ref_logps), [(row,) for row, _ in filled]
+def check_finite(logps: Tensor, rows: Sequence[tokens.Encoded]) -> None:
+    """ValueError names the first row whose log-prob is no number: no mean may hold it."""
+    if bad := (~logps.isfinite()).nonzero().flatten().tolist():
+        raise ValueError(f"{rows[bad[0]].where}: the log-prob of this response is not finite (and "
+                         f"of {len(bad) - 1} more): weights or adapter are damaged, or too large "
+                         "for this --dtype")
 
 
 @torch.no_grad()
@@ -114,6 +104,7 @@ def held_out(
     parts = [score(net, batch, reference=True)[:2] for batch in batches]
     net.train(training)
     logps, ref_logps = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+    check_finite(logps + ref_logps, [e for unit in units for e in unit])
     rows = [e for unit in units for e in unit]
     rewards, kinds = torch.tensor([e.reward for e in rows]), [e.kind for e in rows]
     out = measure(logps, ref_logps, rewards, kinds, pair_starts(units), beta)
@@ -129,38 +120,50 @@ def held_out(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("evaluate.py", description="Numbers of a policy.")
+    parser = Parser("evaluate.py", description="Numbers of a policy.", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="model folder or Hugging Face id")
     parser.add_argument("--adapter", help="PEFT adapter folder; the reference is the model itself")
     parser.add_argument("--data", action="append", required=True, help="feedback, or questions")
     parser.add_argument("--template", default="checkpoint")
-    parser.add_argument("--beta", type=float, default=0.01, help="as the adapter was trained")
-    parser.add_argument("--max_length", type=int, default=2048, help="longer rows are dropped")
-    parser.add_argument("--micro_batch_tokens", type=int, default=8192)
-    parser.add_argument("--limit", type=int, help="rows or questions read of each file")
-    parser.add_argument("--max_new_tokens", type=int, default=48, help="of an answer to a question")
-    parser.add_argument("--score_range", default="0,1", help="LOW,HIGH of a `score` column")
+    parser.add_argument("--beta", type=number, default=0.01, help="as the adapter was trained")
+    parser.add_argument("--max_length", type=whole,
+                        help="longer rows are dropped; default: the model's context, up to 2048")
+    parser.add_argument("--micro_batch_tokens", type=whole, default=8192)
+    parser.add_argument("--limit", type=whole, help="rows or questions read of each file")
+    parser.add_argument("--max_new_tokens", type=whole, default=48, help="of one answer")
+    parser.add_argument("--score_range", type=low_high, default=(0.0, 1.0),
+                        help="LOW,HIGH of a `score` column")
     parser.add_argument("--normalise", action="store_true", help="mc1/mc2 by mean log-probs")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     args = parser.parse_args(argv)
     try:
+        check(args, (
+            ("a number above 0", lambda x: 0 < x < math.inf, "beta"),
+            ("1 or more", lambda x: x is None or x >= 1, "micro_batch_tokens limit max_new_tokens"),
+            ("2 or more", lambda x: x is None or x > 1, "max_length"),
+            ("two numbers LOW,HIGH with LOW < HIGH", is_range, "score_range")))
         check_device(args.device)
         folder = model.resolve(args.model)
         chat = tokens.Chat(folder, args.template, args.adapter)
         net = model.load(folder, getattr(torch, args.dtype), args.device).eval()
         if args.adapter:
             lora.load(net, args.adapter)
+        context = net.config.max_position_embeddings
+        longest = args.max_length or min(2048, context)
+        if longest > context:
+            raise ValueError(f"--max_length {longest} is more than the model's context of {context}"
+                             f" tokens (max_position_embeddings): give --max_length {context}")
         for path in map(Path, args.data):
             if asked := questions.is_questions(path):
                 rows, dropped, lost = questions.read(path)[: args.limit], [], []
             else:
-                examples, lost, _ = data.read(path, tuple(map(float, args.score_range.split(","))))
-                rows, dropped = tokens.encode_all(examples[: args.limit], chat, args.max_length)
+                examples, lost, _ = data.read(path, args.score_range)
+                rows, dropped = tokens.encode_all(examples[: args.limit], chat, longest)
             print(f"{path}: {len(rows)} {'questions' if asked else 'rows'}, {len(dropped)} too "
                   f"long, {len(lost)} unusable; beta {args.beta:g}")
             if not rows:
-                raise ValueError(f"{path} holds nothing of up to {args.max_length} tokens")
+                raise ValueError(f"{path} holds nothing of up to {longest} tokens")
             if asked:
                 found = questions.ask(net, chat, rows, args.max_new_tokens, args.normalise)[0]
                 out = {name: sum(values) / len(rows) for name, values in found.items()}
@@ -168,9 +171,12 @@ def main(argv: list[str] | None = None) -> None:
                 out = held_out(net, data.grouped(rows), args.beta, args.micro_batch_tokens)
             note = {"correct": f" of {len(rows)} questions"}
             print("".join(f"  {name:<20} {value:.4f}{note.get(name, '')}\n"
-                          for name, value in sorted(out.items())))
+                          for name, value in sorted(out.items())), flush=True)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"evaluate.py: {error}\n")
+        stop(parser.prog, error)
+    except KeyboardInterrupt:
+        print("evaluate.py: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

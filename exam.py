@@ -8,6 +8,7 @@ import evaluate
 import generate
 import model
 import questions
+import strict
 import tokens
 from config import Config
 
@@ -32,6 +33,16 @@ def read_tests(config: Config) -> dict[str, list[questions.Question]]:
         raise ValueError("--test asks for answers, and --sample_tokens 0 leaves them no room: give "
                          "--sample_tokens 48, or the length of the longest answer")
     return out
+
+
+def check_room(tests: dict[str, list[questions.Question]], chat: tokens.Chat, context: int) -> None:
+    """ValueError where a question leaves no room for an answer, or a choice does not fit."""
+    for name, asked in tests.items():
+        for q in asked:
+            ends = [len(chat.response_ids(c)) for part in q.mc1[:1] + q.mc2[:1] for c in part]
+            if (length := len(chat.prompt_ids(q.prompt)) + max(ends, default=1)) > context:
+                raise ValueError(f"--test {name}: {strict.show(q.prompt[-1][1])} needs {length} "
+                                 f"tokens, and the model's context has {context}: leave it out")
 
 
 def examine(net: model.Transformer, chat: tokens.Chat, exam: Exam) -> dict:

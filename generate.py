@@ -7,6 +7,8 @@ Letters: B rows, V vocabulary.
     python generate.py --model DIR [--adapter DIR] --prompt "Once upon a time" --template plain
 """
 import argparse
+import math
+import sys
 from collections.abc import Collection, Sequence
 
 import torch
@@ -16,6 +18,7 @@ import config
 import lora
 import model
 import tokens
+from command import Parser, check, number, shown, stop, whole
 
 
 def next_token(
@@ -23,8 +26,11 @@ def next_token(
 ) -> Tensor:
     """One token id per row, (B,): greedy at temperature 0, else a draw from softmax(logits / T).
 
-    top_p < 1 draws from the smallest set of tokens whose probability reaches top_p.
+    top_p < 1 draws from the smallest set of tokens whose probability reaches top_p. ValueError for
+    logits that are not finite, of which no token is the likeliest.
     """
+    if not logits_BV.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights or adapter are damaged")
     if temperature == 0:
         return logits_BV.argmax(-1)
     probs, ids = (logits_BV / temperature).softmax(-1).sort(-1, descending=True)
@@ -49,12 +55,18 @@ def sample(
 
     Draws are made on the generator's device. At temperature 0 a response does not depend on its
     batch, but for rounding (bfloat16 can turn a close choice). Adapters, if any, are on; dropout
-    is off while sampling. ValueError for an empty prompt.
+    is off while sampling. A response ends where the model's context does. ValueError for a prompt
+    that is empty, or fills the context.
     """
     if not prompts:
         return []
     if not all(prompts):
         raise ValueError("a prompt has no tokens: give it text, or a template with a BOS token")
+    longest, context = max(map(len, prompts)), net.config.max_position_embeddings
+    if longest >= context:
+        raise ValueError(f"a prompt has {longest} tokens, and the model's context of {context} "
+                         "(max_position_embeddings) leaves no room for an answer: shorten it")
+    max_new_tokens = min(max_new_tokens, context - longest)
     device, training = next(net.parameters()).device, net.training
     net.eval()
     responses: list[list[int]] = [[] for _ in prompts]
@@ -94,12 +106,19 @@ def complete(
     return out
 
 
+def turn(text: str) -> tuple[str, str]:
+    """The user's turn.   ValueError for bytes that are no UTF-8, which Python hides in the text."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"--prompt, or what was typed, is no UTF-8: {shown(text)}")
+    return "user", text
+
+
 def converse(net: model.Transformer, chat: tokens.Chat, args: argparse.Namespace) -> None:
     """A chat on the terminal, remembering its turns, until end of input."""
     said, generator = [], torch.Generator().manual_seed(args.seed)
     while True:
         try:
-            said.append(("user", input("> ")))
+            said.append(turn(input("> ")))
         except EOFError:
             return
         answer, = complete(net, chat, [tuple(said)], args.max_new_tokens, args.temperature,
@@ -109,22 +128,25 @@ def converse(net: model.Transformer, chat: tokens.Chat, args: argparse.Namespace
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="generate.py", description="Answer prompts, or chat.")
+    parser = Parser("generate.py", description="Answer prompts, or chat.", allow_abbrev=False)
     parser.add_argument("--model", required=True, help="model folder or Hugging Face id")
     parser.add_argument("--adapter", help="PEFT adapter folder")
     parser.add_argument("--prompt", action="append", help="repeatable; without it: a chat")
     parser.add_argument("--template", default="checkpoint",
                         help=f"checkpoint (the model's own), {', '.join(tokens.TEMPLATES)}")
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_new_tokens", type=whole, default=256, help="at most")
+    parser.add_argument("--temperature", type=number, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_p", type=number, default=1.0)
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     args = parser.parse_args(argv)
     try:
-        if not (args.temperature >= 0 < args.top_p <= 1 <= args.max_new_tokens):
-            raise ValueError("expected --temperature >= 0, 0 < --top_p <= 1, --max_new_tokens >= 1")
+        check(args, (
+            ("--temperature >= 0", lambda x: 0 <= x < math.inf, "temperature"),
+            ("0 < --top_p <= 1", lambda x: 0 < x <= 1, "top_p"),
+            ("--max_new_tokens >= 1", lambda x: x >= 1, "max_new_tokens"),
+            ("0 to 10^9", lambda x: 0 <= x <= 1e9, "seed")))
         config.check_device(args.device)
         folder = model.resolve(args.model)
         chat = tokens.Chat(folder, args.template, args.adapter)
@@ -133,12 +155,15 @@ def main(argv: list[str] | None = None) -> None:
             lora.load(net, args.adapter)
         if not args.prompt:
             return converse(net, chat, args)
-        prompts = [(("user", p),) for p in args.prompt]
+        prompts = [(turn(p),) for p in args.prompt]
         answers = complete(net, chat, prompts, args.max_new_tokens, args.temperature, args.top_p,
                            torch.Generator().manual_seed(args.seed))
-        print("\n\n".join(answers))
+        print("\n\n".join(answers), flush=True)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"generate.py: {error}\n")
+        stop(parser.prog, error)
+    except KeyboardInterrupt:
+        print("generate.py: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

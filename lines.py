@@ -1,7 +1,6 @@
 """A .jsonl file too large to read at the start: rows by their offset, units when they are reached.
 
-Only offsets are held, 8 bytes a row. The file is read by seeking: the pages of a mapped one would
-count as the run's memory, and one that shrinks while it is mapped kills the process.
+Only offsets are held, 8 bytes a row. It is not mapped: a mapped one counts as the run's memory.
 """
 from collections.abc import Iterator
 from itertools import chain, islice, takewhile
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+import records
 import tokens
 from config import Config
 
@@ -18,15 +18,16 @@ LONG = 64  # scores of one prompt to look back at: in a longer run those of even
 
 
 class Lines:
-    """The rows of a plain .jsonl file, as data.rows gives them, each parsed when asked for.
+    """[i] is ("file:line", row), as records.rows has it, of a plain .jsonl file, read on demand.
 
-    [i] is ("file:line", row); ValueError where data.rows has one, but for this row alone.
-    """
+    ValueError where records.rows has one, for this row alone, and where the file has changed."""
 
     def __init__(self, path: Path) -> None:
+        records.check_file(path)
         self.path, self.file = path, path.open("rb")
+        self.known = records.stamp(self.file)
         starts, doubtful = self.scan()
-        blank = np.array([i for i in doubtful if not self.line(starts[i]).strip()], np.int64)
+        blank = np.array([i for i in doubtful if not self.line(starts[i], i).strip()], np.int64)
         self.starts = np.delete(starts, blank) if len(blank) else starts
         self.blank = blank - np.arange(len(blank))  # rows before each blank line
 
@@ -41,23 +42,22 @@ class Lines:
             at, count, last = at + len(chunk), count + len(found), chunk[-1:]
         return np.concatenate(starts or [np.empty(0, np.int64)]), doubtful
 
-    def line(self, start: int) -> bytes:
+    def line(self, start: int, i: int) -> bytes:
         self.file.seek(start)
-        return self.file.readline()
+        return records.read_line(self.path, i + 1, self.file, self.known)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, i: int) -> tuple[str, dict]:
-        number = i + 1 + int(self.blank.searchsorted(i, "right"))
-        return next(data.json_lines(self.path, [(number, self.line(self.starts[i]))]))
+        n = i + int(self.blank.searchsorted(i, "right"))
+        return next(records.json_lines(self.path, [(n + 1, self.line(self.starts[i], n))]))
 
 
 class Units:
-    """The units of a .jsonl file by the row in which they begin: a row gives none, one or more.
+    """The units of a .jsonl file by the row they begin in: none, one or more.
 
-    All rows together give what data.units makes of the file without the prompts in `held`.
-    """
+    Those of all rows are what data.units makes of the file without the prompts in `held`."""
 
     def __init__(self, path: Path, config: Config, chat: tokens.Chat, reads: str) -> None:
         self.rows, self.config, self.chat, self.reads = Lines(path), config, chat, reads

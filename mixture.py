@@ -11,7 +11,9 @@ from itertools import chain, count
 from pathlib import Path
 
 import data
+import doubts
 import lines
+import records
 import tokens
 from config import Config
 
@@ -25,29 +27,29 @@ def load_data(config: Config, chat: tokens.Chat, reads: str) -> tuple:
     reads is what the loss takes, see data.units. A large file's units are a lines.Units, and its
     numbers are its sample's, scaled. ValueError where nothing is left for the loss.
     """
-    parts = [d.rpartition(":") for d in config.data]
-    specs = [(p, float(w)) if p and w.replace(".", "", 1).isdigit() else (d, 1.0)
-             for d, (p, _, w) in zip(config.data, parts, strict=True)]
+    specs = [records.weighted(d) for d in config.data]
     found = [read(path, config, chat, reads) for path, _ in specs]
+    repeated = doubts.repeats(rows for rows, *_ in found)
     held = data.hold_out([e for f in found for e in f[0]], config.held_out, config.seed)
     files, told, dropped, size = [], [], [], 0
-    for (path, weight), (rows, lost, long, formats, later) in zip(specs, found, strict=True):
+    for (path, weight), (rows, lost, long, formats, later), doubt in zip(specs, found, repeated):
         units, left = data.units([e for e in rows if e.prompt not in held], reads)
         about, scale = ("about ", max(1, len(later) / SAMPLE)) if later else ("", 1)
+        share = round(weight * scale * len(units))
         counted = [f"{about}{round(scale * len(part))}" for part in (rows, lost, long, units)]
         told.append(f"{path}: {' and '.join(dict.fromkeys(formats))}, {counted[0]} rows"
                     + f", estimated from a sample of {min(SAMPLE, len(later or ()))}" * bool(later)
                     + f", {counted[1]} unusable" * bool(lost)
                     + f", {counted[2]} longer than {config.max_length} tokens" * bool(long)
                     + f"; to train on: {counted[3]} {reads}"
-                    + f", {weight:g} times an epoch" * (weight != 1)
-                    + "".join(f", {about}{round(scale * n)} left out ({reason})"
-                              for reason, n in left.items()))
+                    + f", {weight:g} times: {share} an epoch" * (weight != 1)
+                    + "".join(f", {about}{round(scale * n)} {what}" for what, n in (
+                        *doubt.items(), *((f"left out ({r})", n) for r, n in left.items()))))
         if later:
             later.held = held
         files.append(later or units)
         dropped += [] if later else lost + long
-        size += round(weight * scale * len(units))
+        size += share
     if not size:
         such = f", such as {dropped[0]['where']} ({dropped[0]['reason']})" if dropped else ""
         raise ValueError(

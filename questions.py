@@ -2,21 +2,22 @@
 
 A question is answered or chosen. Answered: the WHOLE greedy answer must match a regular expression.
 Chosen: the policy weighs given answers by their log-probability, as in TruthfulQA. A file holds
-one kind, a row each: prompt + pattern; question + mc1_targets + mc2_targets (TruthfulQA on the
-hub); or the columns of TruthfulQA.csv. Letters: B rows, C choices, T tokens.
+one kind, a row each: prompt + pattern; question + mc1_targets + mc2_targets; or TruthfulQA.csv's.
 """
-import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import bounds
 import data
 import generate
 import model
+import records
 import tokens
+from command import shown
 
 BATCH = 256  # prompts answered at a time
 BUDGET = 8192  # tokens of choices weighed at a time
@@ -34,19 +35,9 @@ class Question:
     mc2: tuple = ()
 
 
-def rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) of a .csv table or of what data.rows reads."""
-    if path.suffix != ".csv":
-        yield from data.rows(path)
-        return
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restval="")
-        yield from ((f"{path}:{reader.line_num}", row) for row in reader)
-
-
 def is_questions(path: Path) -> bool:
     """Whether a file holds questions, as a feedback file does not."""
-    _, first = next(rows(path), ("", {}))
+    first = next(records.rows(path), ("", {}))[1]
     return path.suffix == ".csv" or not first.keys().isdisjoint({"pattern", "mc1_targets"})
 
 
@@ -63,33 +54,40 @@ def hub_form(row: dict) -> dict:
 def parse(row: dict) -> Question:
     """The question of a row; further columns are ignored."""
     if "pattern" in row:
-        pattern = data.text(row["pattern"], "pattern")
-        re.compile(pattern)
-        out = Question(data.turns(row["prompt"], "user"), pattern)
+        re.compile(data.text(row["pattern"], "pattern"))
+        out = Question(data.turns(row["prompt"], "user", "prompt"), row["pattern"])
     else:
         row = hub_form(row) if "Best Answer" in row else row
-        sets = [tuple(tuple(row[name][part]) for part in ("choices", "labels"))
-                for name in ("mc1_targets", "mc2_targets")]
-        for choices, labels in sets:
-            text = [data.text(c, "a choice") for c in choices]
-            if len(text) != len(labels) or not {1} <= set(labels) <= {0, 1}:
-                raise ValueError(f"{len(text)} choices have the labels {list(labels)}: expected "
-                                 "0 or 1 for each, and 1 for at least one")
-        out = Question(data.turns(row["question"], "user"), "", *sets)
+        sets = [choices(row[name], name) for name in ("mc1_targets", "mc2_targets")]
+        out = Question(data.turns(row["question"], "user", "question"), "", *sets)
     if not (out.prompt and out.prompt[-1][1].strip() and (out.pattern or out.mc1)):
         raise ValueError("an empty prompt or pattern")
     return out
 
 
+def choices(value: object, name: str) -> tuple[tuple, tuple]:
+    """(choices, labels) of {"choices": [...], "labels": [...]}.   ValueError names what is odd."""
+    if not isinstance(value, dict) or not {"choices", "labels"} <= value.keys():
+        raise ValueError(f"{name} must hold choices and labels, found {shown(value)}")
+    text, labels = (data.listed(value[part], f"{name}'s {part}") for part in ("choices", "labels"))
+    if len(text) != len(labels) or any(n not in (0, 1) for n in labels) or len(set(labels)) < 2:
+        raise ValueError(f"{len(text)} choices have the labels {shown(labels)}: expected 0 or 1 "
+                         "for each, and both of them")
+    if not all(data.text(c, "a choice").strip() for c in text):
+        raise ValueError(f"{name}: a choice is empty")
+    return tuple(text), tuple(labels)
+
+
 def read(path: str | Path) -> list[Question]:
     """The questions of a file, all of one kind.   ValueError names file and line."""
     out = []
-    for where, row in rows(Path(path)):
+    for where, row in records.rows(Path(path)):
         try:
             out.append(parse(row))
-        except (KeyError, ValueError, TypeError, AttributeError, re.error) as error:
-            what = {KeyError: "no column ", re.error: "the pattern is no regular expression: "}
-            raise ValueError(f"{where}: {what.get(type(error), '')}{error}. {EXPECTED}") from None
+        except (KeyError, ValueError, re.error, OverflowError, RecursionError) as error:
+            what = "no column " if isinstance(error, KeyError) else "" if isinstance(
+                error, ValueError) else "the pattern is no regular expression: "
+            raise ValueError(f"{where}: {what}{error}. {EXPECTED}") from None
         if bool(out[-1].pattern) != bool(out[0].pattern):
             raise ValueError(f"{where}: patterns and choices in one file: make two files of it")
     if not out:
@@ -103,13 +101,17 @@ def ask(
 ) -> tuple[dict[str, list[float]], list[str]]:
     """(scores by question, answers): "correct" and the texts; or "mc1" and "mc2", and no text.
 
-    An answer that has not ended after max_new_tokens is judged by the text it has. normalise
-    weighs choices by mean log-probs.
+    An answer cut at max_new_tokens is judged as it is; normalise weighs choices by mean log-probs.
     """
     if questions[0].pattern:
         texts = answer(net, chat, questions, max_new_tokens)
-        return {"correct": [float(re.fullmatch(q.pattern, text, re.DOTALL) is not None)
-                            for q, text in zip(questions, texts, strict=True)]}, texts
+        try:
+            with bounds.deadline(1):  # seconds: a repeated repeat may need ages
+                right = [re.fullmatch(q.pattern, text, re.DOTALL) is not None
+                         for q, text in zip(questions, texts, strict=True)]
+        except TimeoutError as error:
+            raise ValueError(f"patterns: {error}; repeat nothing that repeats itself") from None
+        return {"correct": [float(r) for r in right]}, texts
     logps = weigh(net, chat, questions, normalise)
     return {name: [multiple_choice(of, *getattr(q, name))[place]
                    for of, q in zip(logps, questions, strict=True)]
@@ -139,8 +141,12 @@ def weigh(net: model.Transformer, chat: tokens.Chat, questions: Sequence[Questio
     net.eval()
     for group in tokens.micro_batches([[e] for e in encoded], BUDGET):
         batch = tokens.collate([e for e, in group])
+        if batch.ids.shape[1] > net.config.max_position_embeddings:
+            raise ValueError(f"a choice needs {batch.ids.shape[1]} tokens, beyond the context")
         logps, mask = net.response_logps(batch.ids, batch.response_mask)
         totals = logps.sum(-1) / (mask.sum(-1) if normalise else 1)
+        if not totals.isfinite().all():
+            raise ValueError("the log-prob of a choice is not finite: weights or adapter damaged")
         for (e,), total in zip(group, totals.tolist(), strict=True):
             i, choice = asked[int(e.where)]
             out[i][choice] = total
@@ -160,11 +166,8 @@ def multiple_choice(logps: dict[str, float], choices: Sequence[str],
 
 
 def gain(before: Sequence[float], after: Sequence[float]) -> dict:
-    """Means of the same questions before and after, and the change with its 95% interval.
-
-    The interval is change +- 1.96 sd / sqrt(n), sd being that (over n - 1) of the n paired changes;
-    None for a single question.
-    """
+    """Means of the same questions before and after, and the change with its 95% interval:
+    change +- 1.96 sd / sqrt(n), sd (over n - 1) of the n paired changes; None for one question."""
     n, changes = len(before), [b - a for a, b in zip(before, after, strict=True)]
     change = sum(changes) / n
     error = (sum((c - change) ** 2 for c in changes) / max(1, n - 1) / n) ** 0.5

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import checkpoint
 import durable
@@ -53,6 +54,25 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     return config.lr * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) / 2
 
 
+def reference_point(net: model.Transformer, units: list, config: Config) -> tuple[Tensor, list]:
+    """KTO's z0 from mismatched rows of the whole step, no gradient; 0 for every other loss.
+
+    Also the units: z0's reference pass is theirs as well, and runs each prompt once.
+    """
+    rows = [e for unit in units for e in unit]
+    others = tokens.mismatch(rows) if config.loss == "kto" else []
+    if not others:
+        return torch.zeros((), device=next(net.parameters()).device), units
+    filled = reference.fill(net, list(zip(rows, others, strict=True)), {},
+                            config.micro_batch_tokens)
+    groups = tokens.micro_batches([[other] for _, other in filled], config.micro_batch_tokens)
+    with torch.no_grad():
+        found = [evaluate.score(net, tokens.collate([e for e, in group]), reference=True)
+                 for group in groups]
+    logps, ref_logps = (torch.cat([f[i] for f in found]) for i in (0, 1))
+    return losses.kto_z0(logps, ref_logps), [(row,) for row, _ in filled]
+
+
 def train_step(
     net: model.Transformer, optimizer: torch.optim.Optimizer, units: list, config: Config,
     rate: float,
@@ -63,7 +83,7 @@ def train_step(
     micro-batches. FloatingPointError before the update if loss or gradient is not finite.
     """
     objective, device = LOSSES[config.loss], next(net.parameters()).device
-    z0, units = evaluate.reference_point(net, units, config)
+    z0, units = reference_point(net, units, config)
     rows = [e for unit in units for e in unit]
     tokens_per_row = sum(len(e.ids) - e.prompt_len for e in rows) / len(rows)
     found, (groups, own, before) = [], parallel.turns(units, config.micro_batch_tokens)

@@ -3,7 +3,8 @@
 A test's docstring names the mutations it must notice, each at the end of a line, as in
     Red: losses.py:uft: `before` -> `after`
 with FILE:FUNCTION, FILE:Class.method, or FILE alone; `before` occurs exactly once in that piece of
-source. Each runs in its own copy of the repository; tests/peers only if PATTERN says "peers".
+source. Each runs in its own copy of the repository; tests/peers and tests/properties, which need
+more installed, only if PATTERN says "peers" or "properties".
 """
 import argparse
 import ast
@@ -26,7 +27,8 @@ def tests(pattern: str) -> dict[str, list[str]]:
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text("utf-8")).body:
             name = f"{path.relative_to(ROOT).as_posix()}::{getattr(node, 'name', '')}"
-            wanted = pattern in name and ("/peers/" not in name or "peers" in pattern)
+            wanted = pattern in name and all(
+                part in pattern or f"/{part}/" not in name for part in ("peers", "properties"))
             if "::test_" in name and wanted:
                 found[name] = re.findall(r"Red:.*", ast.get_docstring(node) or "")
     return found

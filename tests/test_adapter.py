@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_weights import shard
 from test_lora import FIRST, adapted, logits
@@ -72,6 +73,49 @@ def test_a_folder_is_what_peft_calls_one(tmp_path):
     assert HALF == "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert tensors[HALF].shape == (4, 16) and len(tensors) == 28
     assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+def test_what_a_plain_adapter_is_not_is_written_out(tmp_path):
+    """PEFT's readers ask for these keys; without them some take other defaults.
+
+    Red: lora.py:save: `"inference_mode": True` -> `"inference_mode": False`
+    Red: lora.py:save: `"bias": "none", ` -> ``
+    Red: lora.py:save: `"format": "pt", "base"` -> `"base"`
+    """
+    lora.save(adapted(), tmp_path, "base")
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    wanted = {"task_type": "CAUSAL_LM", "bias": "none", "use_dora": False, "fan_in_fan_out": False,
+              "modules_to_save": None, "inference_mode": True, "lora_dropout": 0.0}
+    assert wanted == {k: raw[k] for k in wanted}
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_loaded_adapter_has_no_dropout_by_default_and_trains_alone(tmp_path):
+    """A folder that names no lora_dropout, a model whose weights all asked for gradients.
+
+    Red: peft_config.py:read: `"lora_dropout": 0.0` -> `"lora_dropout": 0.5`
+    Red: lora.py:load: `model.requires_grad_(False)` -> `pass`
+    """
+    lora.save(adapted(), tmp_path, "base")
+    edit(tmp_path, lora_dropout=None)
+    net = tiny.transformer().requires_grad_(True)
+    lora.load(net, tmp_path)
+    assert {layer.dropout for layer in lora.adapters(net).values()} == {0.0}
+    assert all(p.requires_grad == ("lora_" in n) for n, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("way", [True, "gaussian"])
+def test_how_an_adapter_was_begun_does_not_matter_to_its_reader(tmp_path, way):
+    """Where the base was left alone: these two only draw A and B.
+
+    Red: peft_config.py:read: `and init != "gaussian"` -> ``
+    """
+    net, again = adapted(), tiny.transformer()
+    lora.save(net, tmp_path, "base")
+    edit(tmp_path, init_lora_weights=way)
+    lora.load(again, tmp_path)
+    assert same(net, again)
 
 
 def test_ranks_and_alphas_that_differ_by_layer_survive(tmp_path):

@@ -17,12 +17,15 @@ def noise(*shape: int) -> torch.Tensor:
 
 @every_family
 @pytest.mark.parametrize("pieces", [(9,), (1,) * 9, (4, 1, 3, 1), (1, 7, 1), (3, 6)])
-def test_extending_in_pieces_is_one_forward_pass(changes, pieces):
-    """The cache gives what the whole text gives, window or not.
+@pytest.mark.parametrize("layers", [1, 2])
+def test_extending_in_pieces_is_one_forward_pass(changes, pieces, layers):
+    """The cache gives what the whole text gives, window or not, one layer or several.
 
     Red: model.py:Transformer.extend: `cache[0][0].shape[2] if cache else 0` -> `0`
+    Red: model.py:Transformer.extend: `cache[0][0].shape[2]` -> `cache[1][0].shape[2]`
     """
-    net, ids = tiny.transformer(**changes), tiny.batch(((4, 5), (4, 5)))[0]
+    net = tiny.transformer(**changes | {"num_hidden_layers": layers})
+    ids = tiny.batch(((4, 5), (4, 5)))[0]
     cache, parts = None, []
     for piece in ids.split(pieces, 1):
         hidden, cache = net.extend(piece, cache)

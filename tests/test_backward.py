@@ -411,3 +411,21 @@ def test_a_float32_product_is_exact_to_rounding_and_the_same_twice(rows, inputs,
         y = backward.product(x, w, b)
         assert (y - exact).abs().le(roundoff * most).all()
         assert torch.equal(backward.product(x, w, b), y)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("rows, dtype, plain", [
+    (15, torch.float32, 1), (16, torch.float32, 0), (16, torch.float64, 1),
+    (16, torch.bfloat16, 1)])
+def test_sixteen_rows_of_float32_and_nothing_else_go_by_onednn(rows, dtype, plain, monkeypatch):
+    """The product is the same to rounding either way.
+
+    Red: backward.py:product: `len(x) < 16` -> `len(x) <= 16`
+    Red: backward.py:product: `x.dtype != torch.float32` -> `x.dtype == torch.float64`
+    Red: backward.py:product: `or not torch.backends` -> `or torch.backends`
+    """
+    called, real = [], F.linear
+    monkeypatch.setattr(backward.F, "linear", lambda *given: called.append(1) or real(*given))
+    x, weight = noise(rows, 4).to(dtype), noise(3, 4, seed=1).to(dtype)
+    torch.testing.assert_close(backward.product(x, weight), x @ weight.T)
+    assert len(called) == plain

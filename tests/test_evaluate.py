@@ -181,3 +181,27 @@ def test_measuring_is_exact_in_float64():
     logps, ref_logps, *_ = evaluate.score(net, batch, reference=True)
     found = evaluate.measure(logps, ref_logps, batch.rewards, batch.kinds, (), 0.3)
     assert found["rewards/sft"] == pytest.approx(0.3 * (logps - ref_logps).item(), rel=1e-14)
+
+
+def test_numbers_of_a_policy_that_gives_none_are_refused(base, adapted, files):
+    """No mean may hold a NaN: the first such row is named.
+    Red: evaluate.py:held_out: `check_finite(logps + ref_logps,` -> `(lambda *_: 0)(logps,`
+    Red: evaluate.py:check_finite: `rows[bad[0]].where` -> `rows[-1].where`"""
+    for layer in lora.adapters(adapted).values():
+        layer.lora_B.data.fill_(1e38)
+    with pytest.raises(ValueError, match=r"scores.jsonl:1: the log-prob .* \(and of 39 more\)"):
+        evaluate.held_out(adapted, units(base, files / "scores.jsonl"), 0.1, 999)
+
+
+def test_rows_beyond_the_context_are_too_long_by_default(base, files, tmp_path, capsys):
+    """And a --max_length beyond it is refused.
+    Red: evaluate.py:main: `min(2048, context)` -> `2048`
+    Red: evaluate.py:main: `if longest > context` -> `if 0`"""
+    path, flags = tmp_path / "rows.jsonl", ["--model", str(base), "--template", "plain"]
+    path.write_text('{"prompt": "q", "response": "a"}\n'
+                    '{"prompt": "q", "response": "%s"}\n' % ("one two " * 99))
+    evaluate.main([*flags, "--data", str(path)])
+    assert f"{path}: 1 rows, 1 too long" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate.main([*flags, "--data", str(path), "--max_length", "129"])
+    assert "--max_length 129 is more than the model's context of 128" in capsys.readouterr().err

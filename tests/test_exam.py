@@ -120,6 +120,22 @@ def test_a_test_bears_its_files_name_or_its_path_where_two_share_that(tests, tmp
     assert list(found) == [tests[0], "more", "truth", str(twin)]
 
 
+def test_a_question_beyond_the_context_is_found_before_it_is_asked(base):
+    """Its prompt and one token of an answer, or its longest choice, have to fit.
+    Red: exam.py:check_room: `max(ends, default=1)` -> `0`
+    Red: exam.py:check_room: `q.mc1[:1] + q.mc2[:1]` -> `q.mc1[:1]`
+    Red: exam.py:check_room: `) > context:` -> `) > context + 1:`"""
+    chat, said = tokens.Chat(base, "plain"), (("user", "Say one."),)
+    prompt, answers = len(chat.prompt_ids(said)), (("a", "one two six"), (1, 0))
+    choice = len(chat.response_ids("one two six"))
+    for asked, need in ((questions.Question(said, "x"), prompt + 1),
+                        (questions.Question(said, "", (("a", "b"), (1, 0)), answers),
+                         prompt + choice)):
+        exam.check_room({"t": [asked]}, chat, need)
+        with pytest.raises(ValueError, match=f"--test t: 'Say one.' needs {need} tokens"):
+            exam.check_room({"t": [asked]}, chat, need - 1)
+
+
 def test_the_table_of_tests_is_in_percent_and_points():
     """Red: report.py:test_table: `100 * g['change']` -> `g['change']`
     Red: report.py:test_table: `{100 * x:+.1f}` -> `{x:+.1f}`

@@ -158,6 +158,16 @@ def test_a_chat_remembers_its_turns(base, monkeypatch, capsys):
     assert capsys.readouterr().out == "ten\nnine\n"
 
 
+def test_without_a_prompt_the_command_is_a_chat(base, monkeypatch, capsys):
+    """It reads lines until there are none.
+    Red: generate.py:main: `return converse(net, chat, args)` -> `return`"""
+    typed = iter(["Say one"])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, None) or (_ for _ in ()).throw(
+        EOFError))
+    generate.main(["--model", str(base), "--template", "plain", "--max_new_tokens", "3"])
+    assert capsys.readouterr().out and next(typed, None) is None
+
+
 def test_the_command_answers_each_prompt_greedily(base, capsys):
     """With the adapter it is given: the same text as complete.
     Red: generate.py:main: `lora.load(net, args.adapter)` -> `pass`
@@ -172,3 +182,40 @@ def test_the_command_answers_each_prompt_greedily(base, capsys):
     want = generate.complete(net, tokens.Chat(base, "plain"), [
         (("user", "Say one"),), (("user", "Say two and six"),)], 5)
     assert capsys.readouterr().out == "\n\n".join(want) + "\n"
+
+
+def test_a_response_ends_where_the_context_does_and_a_full_context_is_refused():
+    """128 positions: of 120 tokens eight are left, of 128 none.
+    Red: generate.py:sample: `min(max_new_tokens, context - longest)` -> `max_new_tokens`
+    Red: generate.py:sample: `if longest >= context` -> `if 0`"""
+    net = tiny.transformer()
+    assert [len(r) for r in generate.sample(net, [[3] * 120, [3]], 99, ())] == [8, 8]
+    with pytest.raises(ValueError, match="has 128 tokens, and the model's context of 128"):
+        generate.sample(net, [[3], [3] * 128], 1, ())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_give_no_token(temperature):
+    """The likeliest of NaN would be the first.
+    Red: generate.py:next_token: `if not logits_BV.isfinite().all()` -> `if 0`"""
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate.next_token(torch.tensor([[0.0, math.nan]]), temperature, 1.0, None)
+
+
+def test_a_prompt_that_is_no_utf_8_is_refused():
+    """Red: generate.py:turn: `"\\ud800" <= c <= "\\udfff"` -> `c < " "`"""
+    assert generate.turn("caf\u00e9") == ("user", "caf\u00e9")
+    with pytest.raises(ValueError, match="is no UTF-8"):
+        generate.turn("caf\udce9")
+
+
+def test_ctrl_c_ends_a_chat_without_a_traceback(base, monkeypatch, capsys):
+    """Red: generate.py:main: `except KeyboardInterrupt` -> `except KeyError`
+    Red: generate.py:main: `sys.exit(130)` -> `sys.exit(0)`"""
+    def press(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", press)
+    with pytest.raises(SystemExit) as stop:
+        generate.main(["--model", str(base), "--template", "plain"])
+    assert stop.value.code == 130 and capsys.readouterr().err == "generate.py: stopped\n"

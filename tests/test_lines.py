@@ -10,9 +10,9 @@ from collections import Counter
 import pytest
 
 import config
-import data
 import lines
 import mixture
+import records
 import tokens
 import train
 
@@ -40,19 +40,19 @@ def test_rows_by_offset_are_the_rows_of_the_file(tmp_path, content, chunks):
     Red: lines.py:Lines.__init__: `np.delete(starts, blank) if len(blank) else ` -> ``"""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content.encode())
-    found, rows = lines.Lines(path), list(data.rows(path))
-    assert len(found) == len(rows)
-    assert [found[i] for i in reversed(range(len(rows)))] == rows[::-1]
+    found, want = lines.Lines(path), list(records.rows(path))
+    assert len(found) == len(want)
+    assert [found[i] for i in reversed(range(len(want)))] == want[::-1]
 
 
 @pytest.mark.parametrize("line", ["{", '{"a": NaN}', "[1]", '"\ufeff"', "\ufeff", "7 7", "nul"])
 def test_a_bad_line_is_refused_when_asked_for_and_in_the_same_words(tmp_path, line):
     """And no other line is.
-    Red: lines.py:Lines.line: `readline()` -> `readline().strip()`"""
+    Red: records.py:read_line: `return line` -> `return line.strip()`"""
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{TEXTS[0]}\n\n{line} \n\n\n{TEXTS[1]}", "utf-8")
     with pytest.raises(ValueError, match="rows.jsonl:3: ") as whole:
-        list(data.rows(path))
+        list(records.rows(path))
     found = lines.Lines(path)
     assert [found[i][0][-2:] for i in (0, 2)] == [":1", ":6"]
     with pytest.raises(ValueError, match="rows.jsonl:3: ") as one:
@@ -178,8 +178,9 @@ def test_a_run_over_a_large_file_reads_a_sample_before_its_first_batch(
     Red: mixture.py:load_data: `max(1, len(later) / SAMPLE)` -> `1`
     Red: mixture.py:load_data: `min(SAMPLE, len(later or ()))` -> `len(later or ())`"""
     path, asked = tmp_path / "rows.jsonl", []
-    path.write_text("".join(json.dumps({"prompt": f"q{i // 2}", "response": "a", "score": i % 2})
-                            + "\n" for i in range(4000)))
+    path.write_text("".join(json.dumps(
+        {"prompt": f"q{i // 2}", "response": "ab"[i % 2], "score": i % 2}) + "\n"
+        for i in range(4000)))
     monkeypatch.setattr(mixture, "LARGE", 0)
     monkeypatch.setattr(mixture, "SAMPLE", 25)
     read = json.loads
@@ -241,9 +242,22 @@ def test_dropped_rows_of_a_large_file_are_listed_once_when_met_also_after_a_stop
     assert lists[0] == lists[1] and lists[0].count("\n") == len(set(lists[0].splitlines())) == 12
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    """Its offsets would lead into the middle of other rows.
+    Red: records.py:read_line: `known and stamp(file) != known` -> `False`
+    Red: lines.py:Lines.line: `, self.known)` -> `)`"""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(TEXTS), "utf-8")
+    found = lines.Lines(path)
+    assert found[1]
+    path.write_text("\n".join(TEXTS[1:]), "utf-8")
+    with pytest.raises(ValueError, match="rows.jsonl has changed"):
+        found[1]
+
+
 def test_a_bad_line_of_a_large_file_stops_the_run_with_a_sentence(
         tmp_path, base, monkeypatch, capsys):
-    """Red: lines.py:Lines.__getitem__: `[(number, ` -> `[(0, `"""
+    """Red: lines.py:Lines.__getitem__: `[(n + 1, ` -> `[(0, `"""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "q", "response": "a"}\n' * 30 + "{\n")
     monkeypatch.setattr(mixture, "LARGE", 0)

@@ -1,4 +1,5 @@
 """What adapters promise: the base bit for bit when off, one low-rank update when on."""
+import contextlib
 import itertools
 import math
 
@@ -196,6 +197,20 @@ def test_dropout_rests_in_eval_and_in_the_reference_pass():
         assert torch.equal(logits(net), logits(tiny.transformer()))
 
 
+def test_dropout_falls_on_what_the_adapter_reads_and_on_nothing_else():
+    """y = W x + b + scale B A dropout(x), the very draw of torch's own dropout.
+
+    Red: lora.py:LoRALinear.forward: `self.scale * (down @` -> `(down @`
+    Red: lora.py:LoRALinear.forward: `self.bias) + up` -> `self.bias) - up`
+    """
+    layer, x = adapted(dropout=0.5).get_submodule(FIRST).train(), torch.randn(3, 16).double()
+    torch.manual_seed(3)
+    found = layer(x)
+    torch.manual_seed(3)
+    update = nn.functional.dropout(x, 0.5) @ layer.delta().T
+    torch.testing.assert_close(found, x @ layer.weight.T + update, rtol=0, atol=1e-12)
+
+
 def test_one_seed_gives_one_adapter():
     """A is uniform in +-1/sqrt(I): drawn from the generator that is given and from nothing else.
 
@@ -245,6 +260,24 @@ def test_an_adapter_on_the_head_moves_the_logps():
     assert all(p.grad.abs().max() > 0 for p in net.parameters() if p.requires_grad)
     lora.merge(net)
     torch.testing.assert_close(logits(net), want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rest", ["off", "merged"])
+def test_an_adapted_head_scores_like_the_weight_it_stands_for(rest):
+    """Responses too: W' = W + scale B A where it is on or merged, W where it is off.
+
+    Red: lora.py:LoRALinear.widened: `if not self.enabled or self.merged` -> `if self.merged`
+    Red: lora.py:LoRALinear.widened: `if not self.enabled or self.merged` -> `if not self.enabled`
+    Red: lora.py:LoRALinear.widened: `self.scale * down` -> `down / self.scale`
+    """
+    net, plain, (ids, mask) = adapted(targets=("lm_head",)), tiny.transformer(), tiny.batch()
+    if rest == "merged":
+        plain.lm_head.weight.data += net.lm_head.delta().detach()
+        assert torch.allclose(net.response_logps(ids, mask)[0], plain.response_logps(ids, mask)[0])
+        lora.merge(net)
+    with contextlib.nullcontext() if rest == "merged" else lora.disabled(net):
+        found = net.response_logps(ids, mask)[0]
+    torch.testing.assert_close(found, plain.response_logps(ids, mask)[0], rtol=0, atol=1e-10)
 
 
 def test_a_second_injection_is_an_error():

@@ -24,6 +24,14 @@ def test_kto_gradient_is_w_beta_v_times_one_minus_v():
     close(slopes("kto"), torch.where(LABELS, real(-1.5), real(0.5)) * BETA * v * (1 - v), 1e-15)
 
 
+def test_kto_weighs_both_kinds_by_1_unless_told_otherwise():
+    """Half a row's weight at the start.
+    Red: losses.py:kto: ` desirable_weight: float = 1.0` -> ` desirable_weight: float = 2.0`
+    Red: losses.py:kto: `undesirable_weight: float = 1.0` -> `undesirable_weight: float = 2.0`"""
+    z0 = torch.zeros(())
+    close(losses.kto(REF, REF, LABELS, z0, BETA), 0.5, 0)
+
+
 def test_kto_pulls_hardest_at_z0_and_fades_alike_on_both_sides():
     """|dL/dl| <= w beta / 4, reached at D = z0, symmetric around it.
     Red: losses.py:kto: `- beta * z0` -> `- z0`"""

@@ -77,7 +77,20 @@ CASES = {
     "unknown template": ("train", {}, "--template llama", "--template; 'llama'; chatml"),
     "unknown template here": ("generate", {}, "--template llama", "--template llama; chatml"),
     "mistyped flag": ("train", {}, "--leraning_rate 1", "--leraning_rate"),
-    "half a flag": ("train", {}, "--los sft", "unrecognized; --los sft"),
+    "half a flag": ("train", {}, "--los sft", "unrecognized; --los sft; --los may be --loss"),
+    "half a flag here": ("generate", {}, "--temp 1", "unrecognized; --temp 1; --temperature"),
+    "half a flag there": ("evaluate", {}, "--bet 1", "unrecognized; --bet 1; --beta"),
+    "an escape code as a flag": ("train", {}, "--x\x1b[2J", "--x\\x1b[2J"),
+    "a beta without end": ("evaluate", {}, "--beta inf", "--beta; inf; above 0"),
+    "a limit below one": ("evaluate", {}, "--limit -1", "--limit; -1; 1 or more"),
+    "a temperature without end": ("generate", {}, "--temperature inf", "--temperature; inf"),
+    "a batch without end": ("train", {}, "--batch_size 99999999999", "--batch_size; 1 to 65536"),
+    "epochs without end": ("train", {}, "--epochs 1e308", "--epochs; 1e+308; up to 10^9"),
+    "a learning rate of zero": ("train", {}, "--lr 0", "--lr; 0.0; above 0"),
+    "a range without end": ("train", {}, "--score_range 0,inf", "--score_range; inf; LOW,HIGH"),
+    "a range of words": ("evaluate", {}, "--score_range a,b", "--score_range; 'a,b'; LOW,HIGH"),
+    "half a number": ("train", {}, "--steps 1.5", "--steps; '1.5'; whole number"),
+    "a device of no weights": ("train", {}, "--device meta", "--device meta; cpu, cuda or mps"),
     "no such file": ("train", {DATA: None}, "", "No such file; DIR/data.jsonl"),
     "no such model": ("train", {}, "--model DIR/none", "DIR/none; config.json; no such folder"),
     "no such id": ("generate", {}, "--model no/such-model", "no/such-model; fetching it failed"),
@@ -159,8 +172,18 @@ def test_a_mistake_ends_with_one_sentence_and_exit_code_2(case, place, capsys):
     Red: page.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: generate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: lora.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
-    Red: config.py:check_device: `(RuntimeError, AssertionError)` -> `ZeroDivisionError`
+    Red: config.py:check_device: `(RuntimeError, AssertionError, ImportError)` -> `KeyError`
     Red: config.py:parse_flags: `allow_abbrev=False` -> `allow_abbrev=True`
+    Red: generate.py:main: `allow_abbrev=False` -> `allow_abbrev=True`
+    Red: evaluate.py:main: `allow_abbrev=False` -> `allow_abbrev=True`
+    Red: command.py:Parser.error: `if near else ""` -> `if 0 else ""`
+    Red: command.py:stop: `clean(f"{program}: {error}")` -> `f"{program}: {error}"`
+    Red: command.py:stop: `sys.exit(2)` -> `sys.exit(1)`
+    Red: command.py:check: `if not good(` -> `if 0 and not good(`
+    Red: config.py:is_range: `x[1] < math.inf` -> `x[1]`
+    Red: config.py:check_device: `not in ("cpu", "cuda", "mps")` -> `in ()`
+    Red: config.py:Config.__post_init__: `x <= 2**16` -> `x`
+    Red: config.py:Config.__post_init__: `max_grad_norm lr"` -> `max_grad_norm"`
     Red: mixture.py:load_data: `raise FILE:WEIGHT` -> `raise it`
     Red: exam.py:read_tests: `if not config.sample_tokens and` -> `if 0 and`
     Red: evaluate.py:main: `if not rows:` -> `if 0:`"""

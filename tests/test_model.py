@@ -40,6 +40,79 @@ def adapted(dtype: torch.dtype, dropout: float = 0.0, **changes) -> model.Transf
     return net.train()
 
 
+def textbook(net: model.Transformer, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states of one row, (T, D), by the formulas as they are printed, from the tensors."""
+    config, w, t = net.config, net.state_dict(), torch.arange(len(ids))
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * w[name]
+
+    def heads(x, name):
+        y = x @ w[f"{name}_proj.weight"].T + w.get(f"{name}_proj.bias", 0)
+        y = y.unflatten(-1, (-1, config.head_dim))
+        return norm(y, f"{name}_norm.weight") if f"{name}_norm.weight" in w else y
+
+    def turned(x):
+        half = config.head_dim // 2
+        cos, sin = (x[:, None, :half] for x in model.rotary_tables(config, t, torch.float64))
+        z = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin)
+        return torch.cat((z.real, z.imag), -1)
+
+    x = w["model.embed_tokens.weight"][ids]
+    for i, window in enumerate(config.windows):
+        at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        h = norm(x, f"model.layers.{i}.input_layernorm.weight")
+        q, k, v = turned(heads(h, at + "q")), turned(heads(h, at + "k")), heads(h, at + "v")
+        k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], 1) for y in (k, v))
+        scores = torch.einsum("thk,shk->hts", q, k) / math.sqrt(config.head_dim)
+        seen = (t <= t[:, None]) & (t > t[:, None] - (window or len(ids)))
+        p = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        x = x + torch.einsum("hts,shk->thk", p, v).flatten(1) @ w[at + "o_proj.weight"].T
+        h = norm(x, f"model.layers.{i}.post_attention_layernorm.weight")
+        gate, up = h @ w[mlp + "gate_proj.weight"].T, h @ w[mlp + "up_proj.weight"].T
+        x = x + (gate * torch.sigmoid(gate) * up) @ w[mlp + "down_proj.weight"].T
+    return norm(x, "model.norm.weight")
+
+
+SLIM = {"head_dim": 6, "num_key_value_heads": 1}  # no two widths alike
+
+
+@every_family
+def test_hidden_states_are_the_textbooks(changes):
+    """Every formula written out again from the tensors, one row, full matrices, float64.
+
+    Red: model.py:MLP.forward: `self.gate_proj(x_BTD), self.up` -> `self.up_proj(x_BTD), self.up`
+    Red: model.py:Block.forward: `self.post_attention_layernorm(x_BTD)` -> `x_BTD`
+    Red: model.py:Attention.forward: `self.o_proj(y_BHTK.transpose(1, 2)` -> `self.o_proj(y_BHTK`
+    """
+    net, ids = tiny.transformer(**changes | SLIM), tiny.batch(((3, 6),))[0]
+    torch.testing.assert_close(net(ids)[0], textbook(net, ids[0]), rtol=0, atol=1e-11)
+
+
+@every_family
+def test_tensors_have_the_names_and_shapes_of_the_checkpoints(changes):
+    """(outputs, inputs) for every projection; biases on q, k, v of qwen2, norms in qwen3's heads.
+
+    Red: model.py:MLP.__init__: `config.hidden_size, bias=False` -> `config.hidden_size, bias=True`
+    """
+    net = tiny.transformer(**changes | SLIM)
+    kind, (d, f, q, k) = net.config.model_type, (16, 24, 24, 6)
+    layer = {"self_attn.q_proj.weight": (q, d), "self_attn.k_proj.weight": (k, d),
+             "self_attn.v_proj.weight": (k, d), "self_attn.o_proj.weight": (d, q),
+             "mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d),
+             "mlp.down_proj.weight": (d, f), "input_layernorm.weight": (d,),
+             "post_attention_layernorm.weight": (d,)}
+    if kind == "qwen2":
+        layer |= {f"self_attn.{x}_proj.bias": (n,) for x, n in (("q", q), ("k", k), ("v", k))}
+    if kind == "qwen3":
+        layer |= {f"self_attn.{x}_norm.weight": (6,) for x in "qk"}
+    want = {f"model.layers.{i}.{n}": shape for i in range(2) for n, shape in layer.items()} | {
+        "model.embed_tokens.weight": (tiny.V, d), "model.norm.weight": (d,)}
+    if not net.config.tie_word_embeddings:
+        want["lm_head.weight"] = (tiny.V, d)
+    assert {n: tuple(t.shape) for n, t in net.state_dict().items()} == want
+
+
 @every_family
 def test_right_padding_never_changes_logps(changes):
     """Every row alone, and behind five more columns of junk, has the logps it has in its batch.
@@ -98,6 +171,36 @@ def test_checkpointing_changes_no_gradient(changes):
         gradients.append(torch.autograd.grad(total, wanted))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert all(g.abs().max() > 0 for g in gradients[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_runs_every_block_again_and_only_if_asked(checkpointing, monkeypatch):
+    """Twice a block with it, once without.
+
+    Red: model.py:Transformer.packed: `if checkpointing else` -> `if not checkpointing else`
+    """
+    ran, real = [], model.Block.packed
+    monkeypatch.setattr(model.Block, "packed", lambda *given: ran.append(1) or real(*given))
+    adapted(torch.float64).response_logps(*tiny.batch(), checkpointing)[0].sum().backward()
+    assert len(ran) == 2 * (1 + checkpointing)
+
+
+def test_layers_begin_as_torchs_own_do():
+    """One seed draws the same numbers; on the meta device none are drawn at all.
+
+    Red: model.py:Embedding.reset_parameters: `if not self` -> `if self`
+    Red: model.py:Linear.reset_parameters: `if not self` -> `if self`
+    """
+    for ours, torchs in ((model.Embedding, torch.nn.Embedding), (model.Linear, torch.nn.Linear)):
+        made = []
+        for kind in (ours, torchs):
+            torch.manual_seed(0)
+            made.append(kind(5, 4).weight)
+        assert torch.equal(*made)
+        state = torch.get_rng_state()
+        with torch.device("meta"):
+            ours(5, 4)
+        assert torch.equal(state, torch.get_rng_state())
 
 
 @every_family

@@ -107,6 +107,17 @@ def test_an_absent_window_is_4096_for_mistral_only():
     assert windows == {"llama": None, "mistral": 4096, "qwen2": None, "qwen3": None}
 
 
+def test_a_llama_that_names_no_theta_turns_by_ten_thousand():
+    """As Llama 1 and 2 were trained; the other families must say it.
+
+    Red: architecture.py:rope_parameters: `10000.0` -> `500000.0`
+    Red: architecture.py:rope_parameters: `raw["model_type"] == "llama"` -> `raw["model_type"]`
+    """
+    assert settings("llama", without="rope_theta").rope["rope_theta"] == 10000.0
+    with pytest.raises(ValueError, match="rope_theta must be a positive number, found None"):
+        settings("qwen2", without="rope_theta")
+
+
 REFUSED = [
     ({"model_type": "gpt2"}, "'gpt2'"), ({"model_type": None}, "model_type"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -59,7 +59,7 @@ def test_truthfulqa_rows_give_the_best_against_all_false_and_all_true_against_al
 
 
 def test_the_hubs_form_of_multiple_choice_reads_as_the_csv(tmp_path):
-    """Red: questions.py:parse: `("choices", "labels")` -> `("labels", "choices")`"""
+    """Red: questions.py:choices: `in ("choices", "labels"))` -> `in ("labels", "choices"))`"""
     (tmp_path / "q.csv").write_text(CSV, "utf-8")
     found = questions.read(tmp_path / "q.csv")
     assert questions.read(write(tmp_path / "q.jsonl", map(as_on_the_hub, found))) == found
@@ -150,26 +150,63 @@ def test_the_gain_is_the_mean_change_within_1_96_standard_errors():
     ([{"prompt": "a", "pattern": "("}], "q.jsonl:1: the pattern is no regular expression: missing"),
     ([{"prompt": "a", "pattern": ""}], "q.jsonl:1: an empty prompt or pattern"),
     ([{"prompt": " ", "pattern": "a"}], "q.jsonl:1: an empty prompt or pattern"),
-    ([{"prompt": "a", "pattern": 7}], "q.jsonl:1: pattern must be a text, found '7'"),
+    ([{"prompt": "a", "pattern": 7}], "q.jsonl:1: pattern must be a text, found 7"),
     ([{"pattern": "a"}], "q.jsonl:1: no column 'prompt'. A question has the columns prompt and"),
     ([{"prompt": "a", "pattern": "a"}, {"question": "a", "mc1_targets": {
-        "choices": ["x"], "labels": [1]}}], "q.jsonl:2: no column 'mc2_targets'"),
+        "choices": ["x", "y"], "labels": [1, 0]}}], "q.jsonl:2: no column 'mc2_targets'"),
     ([{"prompt": "a", "pattern": "a"}, {"question": "a"} | {f"mc{i}_targets": {
-        "choices": ["x"], "labels": [1]} for i in (1, 2)}], "q.jsonl:2: patterns and choices in"),
+        "choices": ["x", "y"], "labels": [1, 0]} for i in (1, 2)}],
+     "q.jsonl:2: patterns and choices in"),
+    ([{"question": "a", "mc1_targets": {"choices": "ab", "labels": [1, 0]}}],
+     "q.jsonl:1: mc1_targets's choices must be a list"),
+    ([{"question": "a", "mc1_targets": [1]}], "q.jsonl:1: mc1_targets must hold choices and"),
+    ([{"question": "a", "mc1_targets": {"choices": ["a", " "], "labels": [1, 0]}}],
+     "q.jsonl:1: mc1_targets: a choice is empty"),
+    ([{"prompt": "a", "pattern": "a{99999999999}"}], "q.jsonl:1: the pattern is no regular"),
     ([{"question": "a"} | {f"mc{i}_targets": {"choices": ["x", "y"], "labels": [0, 0]}
                            for i in (1, 2)}], "q.jsonl:1: 2 choices have the labels [0, 0]"),
     ([{"question": "a"} | {f"mc{i}_targets": {"choices": ["x"], "labels": [1, 0]}
                            for i in (1, 2)}], "q.jsonl:1: 1 choices have the labels [1, 0]"),
     ([], "q.jsonl holds no question")])
 def test_a_wrong_question_is_refused_with_file_and_line(rows, words, tmp_path):
-    """Red: questions.py:read: `TypeError, AttributeError, re.error)` -> `TypeError)`
+    """Red: questions.py:read: `ValueError, re.error, OverflowError` -> `ValueError, OverflowError`
+    Red: questions.py:read: `re.error, OverflowError,` -> `re.error,`
+    Red: questions.py:choices: `if not isinstance(value, dict) or` -> `if`
+    Red: questions.py:choices: `"a choice").strip()` -> `"a choice")`
     Red: questions.py:read: `bool(out[-1].pattern) != bool(out[0].pattern)` -> `False`
-    Red: questions.py:parse: `len(text) != len(labels) or` -> ``
-    Red: questions.py:parse: `{1} <= set(labels)` -> `set(labels)`
+    Red: questions.py:choices: `len(text) != len(labels) or` -> ``
+    Red: questions.py:choices: `or len(set(labels)) < 2` -> ``
     Red: questions.py:parse: `out.prompt[-1][1].strip() and` -> ``
     Red: questions.py:read: `if not out:` -> `if 0:`"""
     with pytest.raises(ValueError, match=re.escape(words)):
         questions.read(write(tmp_path / "q.jsonl", rows))
+
+
+def test_a_pattern_that_never_ends_is_refused_after_a_second(base, monkeypatch):
+    """Of computing: a repeated repeat tries every way to cut the answer.
+    Red: questions.py:ask: `bounds.deadline(1)` -> `bounds.deadline(0.2)`
+    Red: questions.py:ask: `except TimeoutError` -> `except KeyError`"""
+    monkeypatch.setattr(generate, "complete", lambda *_: ["a" * 60])
+    asked = [questions.Question(SAID, "(?:.|.|.)*(?:.|.|.)*b")]
+    with pytest.raises(ValueError, match=r"patterns: it takes longer than 1 second .* repeats"):
+        questions.ask(None, tokens.Chat(base, "plain"), asked)
+
+
+def test_a_choice_beyond_the_context_is_refused(base, adapted):
+    """Its log-prob would be that of positions the model has never seen.
+    Red: questions.py:weigh: `if batch.ids.shape[1] > net` -> `if 0 > net`"""
+    mc = (("one", "one " * 200), (1, 0))
+    with pytest.raises(ValueError, match="beyond the context"):
+        questions.ask(adapted, tokens.Chat(base, "plain"), [questions.Question(SAID, "", mc, mc)])
+
+
+def test_choices_of_no_number_are_refused(base, adapted):
+    """Red: questions.py:weigh: `if not totals.isfinite().all()` -> `if 0`"""
+    for layer in lora.adapters(adapted).values():
+        layer.lora_B.data.fill_(1e38)
+    mc = (("one", "two"), (1, 0))
+    with pytest.raises(ValueError, match="not finite"):
+        questions.ask(adapted, tokens.Chat(base, "plain"), [questions.Question(SAID, "", mc, mc)])
 
 
 def test_a_file_of_questions_is_told_from_feedback(files, tmp_path):

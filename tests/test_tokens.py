@@ -167,6 +167,31 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path, file, content, templat
         tokens.Chat(tmp_path, template)
 
 
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path):
+    """Red: tokens.py:Chat.__init__: `if not folder.is_dir()` -> `if False`"""
+    with pytest.raises(ValueError, match="nowhere is not a model folder: there is no such folder"):
+        tokens.Chat(tmp_path / "nowhere", "plain")
+
+
+def test_a_row_that_its_template_refuses_is_named(tmp_path):
+    """By the place it was read from.
+    Red: tokens.py:encode_all: `f"{example.where}: {error}"` -> `str(error)`"""
+    own = OWN + "{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+    talk = chat(tmp_path, template="checkpoint", own=own)
+    with pytest.raises(ValueError, match=r"^here:3: the chat template refuses .*: no\."):
+        tokens.encode_all([example("good", "here:2"), example("bad", "here:3")], talk, 99)
+
+
+def test_a_template_writes_json_as_transformers_lets_it(tmp_path):
+    """Letters stay letters, < and ' are not escaped for a web page.
+    Red: templates.py:compile_template: `ensure_ascii=ensure_ascii` -> `ensure_ascii=True`
+    Red: templates.py:compile_template: `["tojson"] = tojson` -> `["json"] = tojson`"""
+    talk = chat(tmp_path, template="checkpoint", own="{% for m in messages %}"
+                "{% if m.role == 'user' %}{{ m.content | tojson }}{% else %}{{ m.content }}"
+                "{% endif %}{% endfor %}")
+    assert talk.render((("user", "<\u00e9'\""),)) == "\"<\u00e9'\\\"\""
+
+
 def test_truncation_and_padding_of_the_file_are_switched_off(tmp_path):
     """Some tokenizer.json of the hub carry both, and would cut or fill every text.
     Red: vocabulary.py:open_tokenizer: `tokenizer.no_padding()` -> `pass`

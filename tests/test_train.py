@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import config
-import evaluate
 import generate
 import lora
 import model
@@ -90,10 +89,10 @@ def test_micro_batches_change_no_gradient(loss):
     """One forward pass or one a unit: the same sum, token mean and z0 of the whole step.
     Red: train.py:train_step: `each.sum() * float(` -> `each.mean() * float(`
     Red: train.py:train_step: `tokens_per_row, config)` -> `None, config)`
-    Red: evaluate.py:reference_point: `torch.cat([f[i] for f in found])` -> `found[0][i]`"""
+    Red: train.py:reference_point: `torch.cat([f[i] for f in found])` -> `found[0][i]`"""
     units = units_of(loss)
     if loss == "kto":
-        assert evaluate.reference_point(policy(), units, settings(loss))[0] > 0.05
+        assert train.reference_point(policy(), units, settings(loss))[0] > 0.05
     close(gradient(loss, units, micro_batch_tokens=1), gradient(loss, units))
 
 
@@ -139,7 +138,7 @@ def test_the_logged_loss_is_the_optimised_loss(loss, monkeypatch):
     """Its slope along the gradient, by central differences, is the gradient's norm.
     Red: train.py:train_step: `each.sum().item()` -> `each[1:].sum().item()`
     Red: train.py:train_step: `"grad_norm": norm.item()` -> `"grad_norm": 1.0`"""
-    monkeypatch.setattr(evaluate, "reference_point", lambda _, units, __: (torch.tensor(.1), units))
+    monkeypatch.setattr(train, "reference_point", lambda _, units, __: (torch.tensor(.1), units))
     setup, logged = settings(loss, micro_batch_tokens=1), []
     metrics, update = step(policy(), units_of(loss), setup)
     for h in (-1e-5, 1e-5):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_model import every_family
 
@@ -80,6 +81,54 @@ def test_a_sharded_folder_loads_like_a_single_file(tmp_path):
     net = written(tmp_path)
     shard(tmp_path)
     assert same(net, model.load(tmp_path, torch.float32))
+
+
+def test_a_saved_config_is_written_for_readers_old_and_new(tmp_path):
+    """Both spellings of the rotary keys and of the dtype, the class that transformers looks for.
+
+    Red: model.py:save: `None if rope["rope_type"] == "default" else rope` -> `rope`
+    Red: model.py:save: `capitalize() + "ForCausalLM"` -> `capitalize()`
+    Red: model.py:save: `"rope_parameters": rope,` -> ``
+    Red: model.py:save: `"dtype": dtype, "torch_dtype": dtype` -> `"dtype": dtype`
+    Red: model.py:save: `metadata={"format": "pt"}` -> `metadata={}`
+    Red: model.py:save: `parents=True, ` -> ``
+    """
+    model.save(tiny.transformer(dtype=torch.bfloat16), tmp_path / "a/b")
+    raw = json.loads((tmp_path / "a/b/config.json").read_text())
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    wanted = {"architectures": ["MistralForCausalLM"], "dtype": "bfloat16", "rope_scaling": None,
+              "torch_dtype": "bfloat16", "rope_theta": 10000.0, "rope_parameters": rope}
+    assert raw == tiny.config() | wanted
+    with safe_open(tmp_path / "a/b/model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("name, fetched", [
+    ("Qwen/Qwen2.5-0.5B", True), ("folder/that.is-not-there", True), ("one/two/three", False),
+    ("here", False), ("../up", False), ("two words/x", False)])
+def test_only_an_id_of_the_hub_that_is_no_folder_is_fetched(name, fetched, tmp_path, monkeypatch):
+    """Its JSON files, weights and templates; a failure is one sentence.
+
+    Red: model.py:resolve: `Path(name).exists() or ` -> ``
+    Red: model.py:resolve: `not re.fullmatch(r` -> `not re.search(r`
+    Red: model.py:resolve: `ValueError(f"{name} is` -> `OSError(f"{name} is`
+    Red: model.py:resolve: `"model*", ` -> ``
+    """
+    def fail(*_, allow_patterns):
+        raise OSError("no network\nand more")
+
+    monkeypatch.chdir(tmp_path)
+    asked, hub = [], "huggingface_hub.snapshot_download"
+    monkeypatch.setattr(hub, lambda *given, allow_patterns: asked.append(
+        (*given, *allow_patterns)) or str(tmp_path / "cache"))
+    assert model.resolve(name) == (tmp_path / "cache" if fetched else Path(name))
+    assert asked == [(name, "*.json", "model*", "*.jinja")] * fetched
+    monkeypatch.setattr(hub, fail)
+    if fetched:
+        with pytest.raises(ValueError, match="fetching it failed: no network$"):
+            model.resolve(name)
+        Path(name).mkdir(parents=True)
+        assert model.resolve(name) == Path(name)
 
 
 def test_a_loaded_model_is_frozen(tmp_path):

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 import lora
 import merging
 import model
-import peft_folder
 
 PATTERNS = {"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 4, "lora_alpha": 6,
             "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 3},
