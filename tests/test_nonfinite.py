@@ -82,7 +82,6 @@ def check(out, told, step, tensor):
 def test_a_number_that_is_not_finite_stops_its_own_step_before_the_update(
         way, base, files, tmp_path, capsys):
     """Red: train.py:train_step: `or not norm.isfinite()` -> `or not 1`
-    Red: train.py:train_step: `not math.isfinite(loss) or` -> ``
     Red: stops.py:explain: `if isinstance(error, FloatingPointError)` -> `if False`
     Red: train.py:train_step: `rows {[e.where for e in rows]}` -> `rows`"""
     loss, flags, spoil, step, tensor = WAYS[way]
