@@ -20,6 +20,7 @@ from torch import nn
 import durable
 import lora
 import peft_folder
+import strict
 from config import Config
 
 FORMAT = 1
@@ -144,10 +145,10 @@ def resume(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: 
     `start`, a run's state at step 0, is returned where the run made none. ValueError where a flag
     or a file that matters is not as it was.
     """
-    (folder, told), kept = newest(out), json.loads((out / "config.json").read_text("utf-8"))
+    (folder, told), kept = newest(out), strict.read_json(out / "config.json")
     state = start | {"format": FORMAT, "config": kept, "versions": versions()}
     if folder:
-        state = json.loads((folder / "state.json").read_text("utf-8"))
+        state = strict.read_json(folder / "state.json")
     if lost := sorted((start.keys() | {"format", "config", "versions"}) - state.keys()):
         raise ValueError(f"{folder / 'state.json'} has no {lost[0]!r}: remove {folder}, and the "
                          "checkpoint before it is used")

@@ -5,11 +5,12 @@ from files and command lines is shown cut and escaped, so that no terminal obeys
 """
 import argparse
 import difflib
+import io
 import os
 import re
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from strict import clean
@@ -66,6 +67,13 @@ def stop(program: str, error: Exception) -> NoReturn:
 
 class Parser(argparse.ArgumentParser):
     """argparse that refuses in one sentence, with the flag that was perhaps meant."""
+
+    def parse_args(self, words: Sequence[str] | None = None) -> argparse.Namespace:
+        """What a terminal cannot show is printed with backslashes from here on, not refused."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().parse_args(words)
 
     def error(self, message: str) -> None:
         """Exits with code 2."""

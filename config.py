@@ -73,7 +73,7 @@ class Config:
             ("a number above 0, up to 10^30", lambda x: 0 < x <= 1e30,
              "beta lora_alpha max_grad_norm lr"),
             ("0 to 10^9", lambda x: 0 <= x <= 1e9, "steps held_out sample_tokens save_every seed"),
-            ("0 to 10^30", lambda x: 0 <= x <= 1e30,
+            ("0 or more, up to 10^30", lambda x: 0 <= x <= 1e30,
              "weight_decay desirable_weight undesirable_weight orpo_weight simpo_gamma"),
             ("two numbers LOW,HIGH with LOW < HIGH", is_range, "score_range")))
 

@@ -10,7 +10,6 @@ On disk an adapter is PEFT's folder: adapter_config.json and adapter_model.safet
 Letters: I inputs, O outputs, R rank.
     python lora.py merge --model DIR --adapter DIR --out DIR
 """
-import argparse
 import contextlib
 import json
 import math
@@ -27,6 +26,7 @@ import merging
 import peft_config
 import peft_folder
 import strict
+from command import Parser, stop
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -194,8 +194,9 @@ def load(model: nn.Module, folder: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="lora.py", description="Tools for adapter folders.")
-    command = parser.add_subparsers(required=True).add_parser("merge", help="adapter into model")
+    parser = Parser("lora.py", description="Tools for adapter folders.", allow_abbrev=False)
+    command = parser.add_subparsers(required=True).add_parser(
+        "merge", help="adapter into model", allow_abbrev=False)
     command.add_argument("--model", required=True, metavar="DIR", help="the base model's folder")
     command.add_argument("--adapter", required=True, metavar="DIR", help="PEFT adapter folder")
     command.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
@@ -203,8 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         count = merging.merge(args.model, args.adapter, args.out)
     except (ValueError, OSError) as error:
-        told = strict.clean(f"merging {args.adapter} into {args.model}: {error}")
-        parser.exit(2, f"lora.py: {told}\n")
+        stop("lora.py", ValueError(f"merging {args.adapter} into {args.model}: {error}"))
     print(f"{args.out}: {count} layers merged, opens like any Hugging Face folder")
 
 

@@ -4,7 +4,6 @@ config.json, metrics.jsonl and results.json say all that it shows; `escape` is f
 
     python page.py runs/0001
 """
-import argparse
 import json
 import math
 import shlex
@@ -14,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 import durable
+from command import Parser, stop
 from config import REPEATED, Config
 
 KINDS = ("sft", "scored", "chosen", "rejected")
@@ -227,13 +227,13 @@ def write(run: str | Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("page.py", description="Makes report.html of a run again.")
+    parser = Parser("page.py", description="Makes report.html of a run again.")
     parser.add_argument("run", help="run folder, such as runs/0001")
     args = parser.parse_args(argv)
     try:
         print(write(args.run))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"page.py: {error}\n")
+        stop("page.py", error)
 
 
 if __name__ == "__main__":

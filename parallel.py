@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import model
+import strict
 import tokens
 from config import Config
 
@@ -128,6 +129,6 @@ def fail(message: str, code: int) -> None:
     place = os.environ.get("RANK", "0")
     if message:
         time.sleep(2 * (place != "0"))  # till then torchrun ends who says the same as the first
-        print(f"rank {place}: train.py: {message}".removeprefix("rank 0: "), file=sys.stderr,
-              flush=True)
+        told = f"rank {place}: train.py: {message}".removeprefix("rank 0: ")
+        print(strict.clean(told), file=sys.stderr, flush=True)
     (os._exit if size() > 1 else sys.exit)(code)  # _exit waits for no one that is dead

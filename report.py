@@ -14,6 +14,7 @@ from tqdm import tqdm
 import durable
 import lora
 import model
+import strict
 import tokens
 from config import Config
 
@@ -43,9 +44,9 @@ def example(row: tokens.Encoded, chat: tokens.Chat) -> str:
     """One row as the model sees it: the prompt, then the scored part between markers."""
     prompt = chat.decode(row.ids[: row.prompt_len])
     answer = chat.decode(row.ids)[len(prompt):]
+    shown = [strict.clean(line) for line in f"{prompt} >>>{answer}<<<".split("\n")]
     return (f"example {row.where}, reward {row.reward:.2f}: only the part in >>> <<< is trained, "
-            f"it ends with token {row.ids[-1]}\n    "
-            + f"{prompt} >>>{answer}<<<".replace("\n", "\n    "))
+            f"it ends with token {row.ids[-1]}\n    " + "\n    ".join(shown))
 
 
 def progress(steps: int, start: int, shown: bool) -> tqdm:

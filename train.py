@@ -179,6 +179,9 @@ def adapted(config: Config, folder: Path) -> tuple[model.Transformer, torch.opti
     torch.manual_seed(config.seed)
     targets = "all-linear" if config.lora_targets == ("all-linear",) else config.lora_targets
     lora.inject(net, config.lora_r, config.lora_alpha, targets, config.lora_dropout)
+    for name, layer in lora.adapters(net).items():
+        if config.lora_r > (most := min(layer.weight.shape)):
+            raise ValueError(f"--lora_r {config.lora_r} is more than {name} can use: {most}")
     if several:
         parallel.shard(net, config.device)
     return net, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad],
@@ -191,6 +194,7 @@ def train(config: Config) -> Path:
     check_device(config.device)
     folder, out = model.resolve(config.model), run_folder(config)
     chat, tests = open_chat(config, folder), exam.read_tests(config)
+    exam.check_room(tests, chat, model.ModelConfig.from_folder(folder).max_position_embeddings)
     files, *loaded = mixture.load_data(config, chat, LOSSES[config.loss].reads)
     inputs = checkpoint.inputs(config, folder, model.weight_files(folder))
     parallel.agree(inputs | {"arguments": repr(replace(config, device="", out=str(out))),

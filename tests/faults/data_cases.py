@@ -106,10 +106,10 @@ def zipped() -> bytes:
     return out.getvalue()
 
 
-def files() -> list[Case]:
-    """D01 D02 D21 D22: what the file is."""
+def contents() -> dict[str, tuple]:
+    """Of files that are not what their names say: (name, content, words)."""
     csv = "prompt,response\nq,a\n"
-    kinds = {
+    return {
         "a zip": ("data.jsonl", zipped(), "zip archive"),
         "gzip without its name": ("data.jsonl", gzip.compress(LINE.encode()), "gzip"),
         "parquet without its name": ("data.jsonl", b"PAR1 x PAR1", "parquet"),
@@ -132,8 +132,12 @@ def files() -> list[Case]:
         "an indented json object": ("data.json", json.dumps(GOOD, indent=1), "data.json:1"),
         "an empty json list": ("data.json", "[]", "no usable row"),
     }
+
+
+def files() -> list[Case]:
+    """D01 D02 D21 D22: what the file is."""
     out = [Case(f"D21 {name}{to}", program, write(file, content), f"--data DIR/{file}", words)
-           for name, (file, content, words) in kinds.items() for program, to in BOTH.items()]
+           for name, (file, content, words) in contents().items() for program, to in BOTH.items()]
     out += [
         Case("D01 no file", "train", remove("data.jsonl"), "", "data.jsonl; No such file"),
         Case("D01 no file to evaluate", "evaluate", remove("data.jsonl"), "", "No such file"),
@@ -177,10 +181,7 @@ def files() -> list[Case]:
 
 
 def syntax() -> list[Case]:
-    """D03 D04 D07 D20 D32: lines that are no JSON, or more than that."""
-    deep = {"an array": "[" * 10**5, "an object": '{"a":' * 10**5,
-            "closed": "[" * 10**5 + "]" * 10**5, "in a field":
-            '{"prompt": ' + "[" * 10**5 + "]" * 10**5 + ', "response": "a"}'}
+    """D03 D07: lines that are no JSON, or more than that."""
     lines = {
         "a trailing comma": '{"prompt": "q", "response": "a",}', "single quotes":
         "{'prompt': 'q', 'response': 'a'}", "two objects": LINE[:-1] + LINE[:-1],
@@ -203,6 +204,18 @@ def syntax() -> list[Case]:
              '{"messages": [{"role": "user", "role": "system", "content": "q"}]}', "x":
              '{"prompt": "q", "response": "a", "x": 1, "x": 1}', "label":
              '{"prompt": "q", "response": "a", "label": true, "label": false}'}
+    out = [bad(f"D03 {n}", line, "not valid JSON") for n, line in lines.items()]
+    out += [bad(f"D03 {n}, to evaluate", line, "not valid JSON", "evaluate")
+            for n, line in list(lines.items())[:6]]
+    out += [bad(f"D03 {n} as a row", line, "expected an object") for n, line in values.items()]
+    return out + [bad(f"D07 {n} twice", line, f"'{n}'; comes twice") for n, line in twice.items()]
+
+
+def sizes() -> list[Case]:
+    """D20 D32: deep, long, and what a terminal would obey."""
+    deep = {"an array": "[" * 10**5, "an object": '{"a":' * 10**5,
+            "closed": "[" * 10**5 + "]" * 10**5, "in a field":
+            '{"prompt": ' + "[" * 10**5 + "]" * 10**5 + ', "response": "a"}'}
     escapes = {"an escape code in a column": {"\x1b[31mred": 1}, "a line feed in a column":
                {"a\nb": 1}, "an escape code in a score": GOOD | {"score": "\x1b]0;x\x07"},
                "an escape code in a role": {"messages": [{"role": "\x1b[2J\n", "content": "q"}]},
@@ -210,12 +223,7 @@ def syntax() -> list[Case]:
                "a turned text in a role": {"messages": [{"role": "\u202eresu", "content": "q"}]},
                "C1 codes in a label": GOOD | {"label": "\x9b31m\x85"},
                "a line separator in a score": GOOD | {"score": "a\u2028b"}}
-    out = [bad(f"D03 {n}", line, "not valid JSON") for n, line in lines.items()]
-    out += [bad(f"D03 {n}, to evaluate", line, "not valid JSON", "evaluate")
-            for n, line in list(lines.items())[:6]]
-    out += [bad(f"D03 {n} as a row", line, "expected an object") for n, line in values.items()]
-    out += [bad(f"D07 {n} twice", line, f"'{n}'; comes twice") for n, line in twice.items()]
-    out += [bad(f"D20 deep, {n}", line, "") for n, line in deep.items()]
+    out = [bad(f"D20 deep, {n}", line, "") for n, line in deep.items()]
     out += [bad(f"D20 {n} levels", GOOD | {"score": json.loads("[" * n + "]" * n)}, "score")
             for n in (90, 400)]
     out += [
@@ -491,4 +499,5 @@ def mixtures() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    return [*files(), *syntax(), *encodings(), *columns(), *feedback(), *answers(), *mixtures()]
+    return [*files(), *syntax(), *sizes(), *encodings(), *columns(), *feedback(), *answers(),
+            *mixtures()]

@@ -146,12 +146,12 @@ def chats() -> list[Case]:
              f"{CHAT} --temperature 1", "stopped", "K")]
 
 
-def questions() -> list[Case]:
-    """H10: files of questions, for evaluate.py and --test."""
+def asked() -> dict[str, tuple]:
+    """Questions with one fault each, and the words of their refusal."""
     def mc(**more: object) -> dict:
         return ASKED | {"mc1_targets": CHOICES | more}
 
-    rows = {
+    return {
         "a pattern that is none": (PATTERN | {"pattern": "("}, "no regular expression"),
         "a pattern repeated too often": (PATTERN | {"pattern": "a{99999999999999999999}"},
                                          "no regular expression"),
@@ -188,8 +188,12 @@ def questions() -> list[Case]:
         "a key twice": ('{"prompt": "a", "pattern": "a", "pattern": "b"}', "comes twice"),
         "no JSON": ("{", "not valid JSON"), "a list": ("[]", "expected an object"),
         "an escape code": (PATTERN | {"prompt": [{"role": "\x1b[2J", "content": "q"}]}, "\\x1b")}
+
+
+def questions() -> list[Case]:
+    """H10: files of questions, for evaluate.py and --test."""
     out = []
-    for n, (row, words) in rows.items():
+    for n, (row, words) in asked().items():
         kind = PATTERN if "pattern" in row else ASKED
         lines = f"{json.dumps(kind)}\n{row if isinstance(row, str) else json.dumps(row)}\n"
         out += [Case(f"H10 {n}, {program}", program, write("q.jsonl", lines),
