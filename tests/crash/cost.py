@@ -45,9 +45,10 @@ def tuner(root: Path, mib: int) -> tuple:
 
     import train
 
-    base = folder.write_model(root / "model")
-    rank = max(1, mib * 2**20 // 6720)  # bytes that one rank of the 14 layers takes, moments too
-    argv = ["--model", str(base), "--data", "none", "--lora_r", str(rank), "--out", str(root)]
+    base = folder.write_model(root / "model", hidden_size=2048, intermediate_size=2048)
+    rank = min(2048, mib * 2**20 // 294912)  # bytes that one rank of six layers takes, with moments
+    argv = ["--model", str(base), "--data", "none", "--lora_targets", "gate_proj,up_proj,down_proj",
+            "--lora_r", str(rank), "--out", str(root)]
     settings = train.parse_flags(argv, {})
     net, optimizer = train.adapted(settings, base)
     for p in optimizer.param_groups[0]["params"]:
