@@ -187,7 +187,7 @@ def removed(place: points.Place) -> list[str]:
 def no_memory(place: points.Place) -> list[str]:
     """Too little address space at several sizes: in loading, in a step, in a save."""
     wrong = []
-    for mib in (2, 8, 24, 48):
+    for mib in (8, 80, 160, 250):
         place.prepare(False)
         out, job = place.root / "run", place.job() | {"memory": mib << 20}
         code = start.go(place.warm, job)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from . import start, trace, trial
 
 ERRORS = ("ENOSPC", "EIO", "EACCES")
-SHORT = ("--steps", "6", "--save_every", "2", "--lora_r", "64")
+SHORT = ("--steps", "6", "--save_every", "2", "--lora_r", "8")
 RESUMES = 4  # one point in so many lies in a resumed run
 
 

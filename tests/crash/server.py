@@ -39,10 +39,10 @@ def listen(path: str) -> None:
 
 
 def write_files(root: str) -> None:
-    """The model and data of tests/folder.py, once."""
+    """The model and data of tests/folder.py, its layers wide enough for adapters of megabytes."""
     import folder
 
-    folder.write_model(Path(root) / "model")
+    folder.write_model(Path(root) / "model", hidden_size=256, intermediate_size=512)
     folder.write_files(Path(root) / "files")
 
 
