@@ -320,7 +320,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_flags(argv, names)
     try:
         train(config)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if stops.no_memory(error):
+            parallel.fail(f"out of memory before or after training: {error}", 2)
         known = parallel.told(error, "before or after training", config.timeout)
         if isinstance(known, RuntimeError):
             raise

@@ -143,9 +143,9 @@ def test_a_head_size_left_out_is_the_width_by_the_heads_or_128_for_qwen3():
 
 
 def test_the_smallest_head_and_window_are_allowed():
-    """Red: architecture.py:attention_windows: `window < 1` -> `window <= 1`
+    """Red: bounds.py:whole: `0 < value <= most` -> `1 < value <= most`
     Red: architecture.py:attention_windows: `if kind == "llama" or` -> `if`
-    Red: architecture.py:ModelConfig.from_dict: `head_dim < 1` -> `head_dim < 3`"""
+    Red: architecture.py:ModelConfig.from_dict: `head_dim < 2` -> `head_dim < 3`"""
     assert settings(sliding_window=1, head_dim=2).windows == (1, 1)
     assert settings("llama", sliding_window=1, use_sliding_window=True, max_window_layers=0
                     ).windows == (None, None)
