@@ -166,7 +166,7 @@ def check(stderr, words, usage):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_ends_with_one_sentence_and_exit_code_2(case, place, capsys):
-    """Red: train.py:main: `(ValueError, OSError, RuntimeError)` -> `ZeroDivisionError`
+    """Red: train.py:main: `(ValueError, OSError, RuntimeError, MemoryError)` -> `ZeroDivisionError`
     Red: parallel.py:fail: `sys.exit)(code)` -> `sys.exit)(1)`
     Red: evaluate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: page.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
