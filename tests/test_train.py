@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,19 @@ def test_a_run_never_overwrites_another(tmp_path, monkeypatch):
                            ({"resume": True}, "needs --out RUN")):
         with pytest.raises(ValueError, match=message):
             train.run_folder(settings(**wrong))
+
+
+def test_a_run_opens_no_connection(base, files, tmp_path, monkeypatch):
+    """Not even with a model whose path looks like an id of the hub.
+    Red: model.py:resolve: `Path(name).exists() or` -> ``"""
+    def connect(*_):
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket, "socket", connect)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    shutil.copytree(base, tmp_path / "my/model")
+    monkeypatch.chdir(tmp_path)
+    run("my/model", files / "scores.jsonl", tmp_path / "run", "--steps", "1")
 
 
 @LOSSES
