@@ -37,8 +37,9 @@ def inputs(config: Config, folder: Path, weights: list[Path]) -> dict[str, str]:
     texts = [folder / name for name in TEXTS if (folder / name).is_file()]
     parts = [d if os.path.isfile(d) else d.rpartition(":")[0] for d in config.data]
     shares = [d.removeprefix(p) for d, p in zip(config.data, parts, strict=True)]
-    names = [p.name for p in texts + weights] + [
-        f"--data file {i + 1}{share}" for i, share in enumerate(shares)]
+    names = [f"model file {p.name}" for p in texts + weights] + [
+        f"data file {i + 1}, {Path(p).name}{share}"
+        for i, (p, share) in enumerate(zip(parts, shares, strict=True))]
     files = [*texts, *weights, *map(Path, parts)]
     return dict(zip(names, durable.digests(files), strict=True))
 
@@ -129,8 +130,8 @@ def compare(old: dict, now: dict, out: Path) -> None:
     """ValueError names the first input file, then the first flag, that is not as it was."""
     for key in old["inputs"] | now["inputs"]:
         if old["inputs"].get(key) != now["inputs"].get(key):
-            raise ValueError(f"cannot resume {out}: {key} is not the file that the run began with. "
-                             "Put the old one back, or start a new run with another --out")
+            raise ValueError(f"cannot resume {out}: {key} has changed since the run began. Put the "
+                             "old one back, or start a new run with another --out")
     for key, value in json.loads(json.dumps(now["config"])).items():
         if key not in FREE + CONTENT and old["config"].get(key) != value:
             raise ValueError(f"cannot resume {out}: {key} was {old['config'].get(key)!r} and is "

@@ -4,6 +4,7 @@ A sentence names the flag or the file and line, what was found, what was expecte
 from files and command lines is shown cut and escaped, so that no terminal obeys it.
 """
 import argparse
+import contextlib
 import difflib
 import io
 import os
@@ -72,7 +73,8 @@ class Parser(argparse.ArgumentParser):
         """What a terminal cannot show is printed with backslashes from here on, not refused."""
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
+                with contextlib.suppress(OSError):  # a pipe that nobody reads
+                    stream.reconfigure(errors="backslashreplace")
         return super().parse_args(words)
 
     def error(self, message: str) -> None:

@@ -42,7 +42,7 @@ def check_room(tests: dict[str, list[questions.Question]], chat: tokens.Chat, co
             ends = [len(chat.response_ids(c)) for part in q.mc1[:1] + q.mc2[:1] for c in part]
             if (length := len(chat.prompt_ids(q.prompt)) + max(ends, default=1)) > context:
                 raise ValueError(f"--test {name}: {strict.show(q.prompt[-1][1])} needs {length} "
-                                 f"tokens, and the model's context has {context}: leave it out")
+                                 f"tokens, the model has a context of {context}: leave it out")
 
 
 def examine(net: model.Transformer, chat: tokens.Chat, exam: Exam) -> dict:

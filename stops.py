@@ -41,6 +41,13 @@ def signals() -> Iterator[list[int]]:
             signal.signal(kind, before[kind])
 
 
+def no_memory(error: Exception) -> bool:
+    """Whether torch, Python or oneDNN got no memory: three ways to say it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in (
+            "allocate memory", "create a primitive", "start new thread", "bad_alloc"))
+
+
 def explain(error: Exception, step: int, units: list, config: Config, out: Path) -> Exception:
     """What a user is told when a step fails: numbers, memory, a dead process; else it is ours."""
     if isinstance(error, FloatingPointError):
@@ -48,7 +55,7 @@ def explain(error: Exception, step: int, units: list, config: Config, out: Path)
             report.write_lines(out / "bad_batch.jsonl", [asdict(e) for u in units for e in u])
         return ValueError(f"step {step + 1}: {error}. Usual causes: --lr {config.lr} too high, "
                           f"damaged weights. The batch is saved in {out / 'bad_batch.jsonl'}")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error):
+    if no_memory(error):
         return ValueError(
             f"out of memory at step {step + 1}. Try in this order: --micro_batch_tokens "
             f"{config.micro_batch_tokens // 2}, --gradient_checkpointing true, --dtype bfloat16, "

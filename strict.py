@@ -70,7 +70,7 @@ def read_text(path: Path, limit: int = LIMIT) -> str:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise ValueError(f"{path} has {size} bytes, expected {limit} at most"
                              f"{sign(file.read(99))}")
-        data = file.read(limit)
+        data = file.read(size + 1)  # no more: read(limit) would take the memory of all of it
     try:
         if b"\0" not in data[:4]:
             return data.decode("utf-8-sig")

@@ -193,6 +193,8 @@ def train(config: Config) -> Path:
     config = replace(config, device=parallel.start(config))
     check_device(config.device)
     folder, out = model.resolve(config.model), run_folder(config)
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"--out {out} lies in the model folder {folder}: choose another --out")
     chat, tests = open_chat(config, folder), exam.read_tests(config)
     exam.check_room(tests, chat, model.ModelConfig.from_folder(folder).max_position_embeddings)
     files, *loaded = mixture.load_data(config, chat, LOSSES[config.loss].reads)
@@ -318,7 +320,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_flags(argv, names)
     try:
         train(config)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if stops.no_memory(error):
+            parallel.fail(f"out of memory before or after training: {error}", 2)
         known = parallel.told(error, "before or after training", config.timeout)
         if isinstance(known, RuntimeError):
             raise

@@ -338,7 +338,7 @@ def broken_base(tmp_path: Path) -> None:
 def test_a_merge_that_cannot_be_ends_with_two_and_one_line(tmp_path, capsys, damage, words):
     """And writes nothing.
 
-    Red: lora.py:main: `parser.exit(2,` -> `parser.exit(1,`
+    Red: command.py:stop: `sys.exit(2)` -> `sys.exit(1)`
     """
     arguments, _ = folders(tmp_path)
     damage(tmp_path)

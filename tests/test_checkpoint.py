@@ -170,15 +170,15 @@ def test_other_rows_or_another_weight_of_a_data_file_are_refused(
         run, base, files, tmp_path, capsys):
     """The same file elsewhere is the same data.
     Red: checkpoint.py:inputs: `*map(Path, parts)` -> `*map(Path, parts[1:])`
-    Red: checkpoint.py:inputs: `{i + 1}{share}` -> `{i + 1}`"""
+    Red: checkpoint.py:inputs: `.name}{share}` -> `.name}`"""
     moved = shutil.copytree(files, tmp_path / "moved")
     argv = command(base, moved, run, "--resume", "true")
     train.main(argv)
     lighter = [a.replace("jsonl:2", "jsonl:3") for a in argv]
-    assert "--data file 1:" in refusal(capsys, *lighter)
+    assert "data file 1, scores.jsonl:2 has changed" in refusal(capsys, *lighter)
     with open(moved / "scores.jsonl", "a") as file:
         file.write("\n")
-    assert "--data file 1:2 is not the file" in refusal(capsys, *argv)
+    assert "data file 1, scores.jsonl:2 has changed" in refusal(capsys, *argv)
 
 
 def test_a_run_folder_in_use_is_refused(run, base, files, capsys):

@@ -61,7 +61,7 @@ def imported(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_point_down_only(name):
-    """Red: lora.py: `import argparse` -> `import argparse, model`
+    """Red: lora.py: `import contextlib` -> `import contextlib, model`
     Red: checkpoint.py: `import lora` -> `import lora, evaluate`
     Red: losses.py:sft: `return -logps` -> `import train; return -logps`"""
     floor = next(i for i, names in enumerate(FLOORS) if Path(name).stem in names)
@@ -149,8 +149,8 @@ def test_lines_are_ascii_and_at_most_a_hundred_characters(name):
 
 @pytest.mark.parametrize("name", CODE)
 def test_nothing_reads_pickles_or_runs_text_as_code(name):
-    """Red: lora.py: `import argparse` -> `import argparse, pickle`
-    Red: checkpoint.py:resume: `json.loads((folder` -> `eval((folder`
+    """Red: lora.py: `import contextlib` -> `import contextlib, pickle`
+    Red: checkpoint.py:resume: `strict.read_json(folder` -> `eval(folder`
     Red: checkpoint.py:restore: `load_file(folder` -> `torch.load(folder`
     Red: model.py:save: `parents=True` -> `parents=True, shell=True`"""
     assert not imported(name) & PICKLES

@@ -200,7 +200,7 @@ def test_a_mistake_ends_with_one_sentence_and_exit_code_2(case, place, capsys):
     "merging another's adapter", "unknown loss"])
 def test_a_mistake_on_a_real_command_line_shows_no_traceback(case, place):
     """Red: train.py: `if __name__ == "__main__":` -> `if 0:`
-    Red: lora.py:main: `parser.exit(2, ` -> `parser.exit(1, `"""
+    Red: command.py:stop: `sys.exit(2)` -> `sys.exit(1)`"""
     program, argv, words = prepare(place, case)
     run = subprocess.run([sys.executable, ROOT / f"{program}.py", *argv], capture_output=True,
                          text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -212,8 +212,8 @@ def test_a_mistake_on_a_real_command_line_shows_no_traceback(case, place):
     torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
 def test_out_of_memory_names_the_step_and_what_to_try(error, place, capsys, monkeypatch):
-    """Red: stops.py:explain: `isinstance(error, torch.OutOfMemoryError | MemoryError) or` -> ``
-    Red: stops.py:explain: `or "allocate memory" in str(error)` -> ``"""
+    """Red: stops.py:no_memory: `isinstance(error, torch.OutOfMemoryError | MemoryError) or` -> ``
+    Red: stops.py:no_memory: `"allocate memory", ` -> ``"""
     def train_step(*_):
         raise error
 

@@ -118,7 +118,44 @@ def test_a_llama_that_names_no_theta_turns_by_ten_thousand():
         settings("qwen2", without="rope_theta")
 
 
+def test_an_old_llama_has_a_kv_head_for_every_head():
+    """Llama 1 names no num_key_value_heads; the other families must.
+
+    Red: architecture.py:ModelConfig.from_dict: `if kind == "llama" else {}` -> `if kind else {}`
+    Red: architecture.py:ModelConfig.from_dict: `raw.get("num_attention_heads")}` -> `None}`
+    """
+    assert settings("llama", without="num_key_value_heads").num_key_value_heads == 4
+    with pytest.raises(ValueError, match="num_key_value_heads must be a positive integer"):
+        settings("mistral", without="num_key_value_heads")
+
+
+def test_a_head_size_left_out_is_the_width_by_the_heads_or_128_for_qwen3():
+    """Where it does not come out even the config is refused.
+
+    Red: architecture.py:ModelConfig.from_dict: `kind != "qwen3" and sizes` -> `False and sizes`
+    Red: architecture.py:ModelConfig.from_dict: `128 if kind` -> `64 if kind`
+    """
+    uneven = {"num_attention_heads": 6, "num_key_value_heads": 2}
+    assert settings("llama", without="head_dim").head_dim == 4
+    assert settings("qwen3", without="head_dim", **uneven).head_dim == 128
+    with pytest.raises(ValueError, match="6 heads, 2 kv heads, head size 2 do not fit"):
+        settings("llama", without="head_dim", **uneven)
+
+
+def test_the_smallest_head_and_window_are_allowed():
+    """Red: bounds.py:whole: `0 < value <= most` -> `1 < value <= most`
+    Red: architecture.py:attention_windows: `if kind == "llama" or` -> `if`
+    Red: architecture.py:ModelConfig.from_dict: `head_dim < 2` -> `head_dim < 3`"""
+    assert settings(sliding_window=1, head_dim=2).windows == (1, 1)
+    assert settings("llama", sliding_window=1, use_sliding_window=True, max_window_layers=0
+                    ).windows == (None, None)
+
+
 REFUSED = [
+    ({"rms_norm_eps": 1.0}, "rms_norm_eps.*1.0"), ({"rope_theta": 0}, "rope_theta.*0"),
+    ({"rope_theta": math.inf}, "rope_theta.*inf"), ({"rms_norm_eps": 1.5}, "rms_norm_eps.*1.5"),
+    ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_fac"),
+    ({"rope_scaling": {"rope_type": "ntk"}}, "rope_type 'ntk' is not implemented, only"),
     ({"model_type": "gpt2"}, "'gpt2'"), ({"model_type": None}, "model_type"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),

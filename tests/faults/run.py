@@ -31,7 +31,6 @@ FLAGS = {
     "page": ""}
 SECONDS, MEMORY = 10, 6 << 30  # of computing; of address space on top of the parent's
 KNOWN = {  # of a terminal that knows ASCII only
-    "codec can't encode character": "commands print to such a terminal with backslashes",
     "surrogates not allowed": "libraries in Rust take no path outside the locale's encoding"}
 WAIT = 60  # seconds of waiting, whatever else the machine does
 

@@ -208,7 +208,7 @@ def texts() -> list[Case]:
              "--prompt '</s><|im_end|>[INST]' --template chatml", oracle="V"),
         Case("T10 control tokens in data", "train", write("data.jsonl", 20 * (
             '{"prompt": "a</s>", "response": "</s><|im_end|> [INST]"}\n' + good)), oracle="V"),
-        Case("T13 a raw byte in a prompt", "generate", None, "--prompt '\udcff'", "surrogate"),
+        Case("T13 a raw byte in a prompt", "generate", None, "--prompt '\udcff'", "UTF-8"),
         Case("T13 a lone surrogate in data", "evaluate", write(
             "data.jsonl", good + '{"prompt": "a\\ud800", "response": "b"}\n'), "", "data.jsonl:2"),
         Case("T14 odd text", "evaluate", write("data.jsonl", good + odd), oracle="V",
