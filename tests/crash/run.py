@@ -20,7 +20,7 @@ from . import points, start, trial
 
 SPAN = 0.9  # seconds after the first step within which a kill falls
 EARLY = 0.15  # share of kills while the run starts or resumes
-AIMED = 0.35  # share that waits, after its random time, until a save has begun
+AIMED = 0.45  # share that waits, after its random time, until a save has begun
 REAL = 0.04  # share of starts as `python train.py`, whose imports take seconds
 
 
