@@ -90,7 +90,8 @@ def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dic
     names = {p: n for n, p in net.named_parameters()}
     tensors = {f"{names[p]}/{k}": v for p, s in optimizer.state.items() for k, v in s.items()}
     trained = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
-    if bad := [n for n, t in (trained | tensors).items() if not t.isfinite().all()]:
+    if bad := [n for n, t in (trained | tensors).items()  # a finite sum is the quick proof
+               if not t.sum().isfinite() and not t.isfinite().all()]:
         raise FloatingPointError(f"{bad[0]} is not finite after the update, nothing is saved")
     state = state | {"format": FORMAT, "config": asdict(config), "versions": versions()}
     try:
@@ -98,12 +99,12 @@ def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dic
             lora.save(net, part, config.model)
             save_file(tensors, part / "optimizer.safetensors")
             (part / "state.json").write_text(json.dumps(state), "utf-8")
-        for old in [p for p in steps(out) if (p / durable.MANIFEST).is_file()][:-config.keep]:
-            durable.remove(old)
     except OSError as error:
         need = sum(t.nbytes for t in (trained | tensors).values()) / 1e6
         raise ValueError(f"saving {final} failed: {error}; it needs {need:.2f} MB. Older "
                          "checkpoints are whole: mend the disk and give --resume true") from error
+    for old in [p for p in steps(out) if (p / durable.MANIFEST).is_file()][:-config.keep]:
+        durable.remove(old)
 
 
 def versions() -> dict[str, object]:

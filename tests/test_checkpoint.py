@@ -87,9 +87,9 @@ def test_the_newest_checkpoints_are_kept_and_nothing_of_the_users_is_touched(tmp
 
 @pytest.mark.parametrize("place", ["lora_A", "lora_B", "exp_avg_sq"])
 def test_nothing_that_is_not_finite_is_ever_saved(tmp_path, place):
-    """Red: checkpoint.py:save: `if not t.isfinite().all()` -> `if False`
-    Red: checkpoint.py:save: `(trained | tensors).items() if` -> `trained.items() if`
-    Red: checkpoint.py:save: `(trained | tensors).items() if` -> `tensors.items() if`"""
+    """Red: checkpoint.py:save: `if not t.sum().isfinite() and` -> `if False and`
+    Red: checkpoint.py:save: `(trained | tensors).items()  #` -> `trained.items()  #`
+    Red: checkpoint.py:save: `(trained | tensors).items()  #` -> `tensors.items()  #`"""
     net, optimizer, settings = policy(tmp_path)
     layer = next(iter(lora.adapters(net).values()))
     held = {"exp_avg_sq": optimizer.state[layer.lora_A]["exp_avg_sq"]}
