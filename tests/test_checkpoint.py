@@ -287,11 +287,12 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_copied(
 
 
 START = """
-import os, signal, sys, train
+import os, signal, sys, time, train
 plain = train.train_step
 def train_step(net, optimizer, units, config, rate):
     for _ in range({times}):
         os.kill(os.getpid(), signal.{name})
+        time.sleep(0.1)
     return plain(net, optimizer, units, config, rate)
 train.train_step = train_step
 train.main(sys.argv[1:])

@@ -194,7 +194,8 @@ def folders() -> list[Case]:
         Case("A13 resume a file", "train", write("run", "x"), "--resume true", "DIR/run"),
         Case("A13 resume an empty folder", "train", lambda p: (p / "run").mkdir(),
              "--resume true", "cannot resume; DIR/run"),
-        Case("A13 resume a model", "train", None, "--out DIR/model --resume true", "--out; model folder"),
+        Case("A13 resume a model", "train", None, "--out DIR/model --resume true",
+             "--out; model folder"),
         Case("A13 resume what is finished", "train", run_before(), "--resume true", "after step 2",
              "V"),
         Case("A14 resume with a row more", "train", several(run_before(), lambda p: write(
