@@ -112,7 +112,10 @@ def remove(path: Path, keep: bool = False) -> Path:
     gone = path.with_name(f"tmp-old.{path.name}-{os.getpid()}")
     os.rename(path, gone)
     if not keep:
-        shutil.rmtree(gone)
+        try:
+            shutil.rmtree(gone)
+        except OSError as error:  # it names the file alone
+            raise OSError(error.errno, error.strerror, str(gone)) from None
     return gone
 
 

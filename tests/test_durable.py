@@ -160,6 +160,17 @@ def test_sweeping_takes_only_what_a_process_left_aside(tmp_path):
     assert (tmp_path / "step-1/file").exists()
 
 
+def test_a_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    """Red: durable.py:remove: `error.strerror, str(gone)` -> `error.strerror, error.filename`"""
+    def rmtree(_):
+        raise OSError(5, "Input/output error", "state.json")
+
+    fill(tmp_path / "step-1")
+    monkeypatch.setattr(durable.shutil, "rmtree", rmtree)
+    with pytest.raises(OSError, match="error: .*tmp-old.step-1-"):
+        durable.remove(tmp_path / "step-1")
+
+
 def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
     """Red: durable.py:write: `with named(path)` -> `with contextlib.nullcontext()`
     Red: durable.py:folder: `with named(final)` -> `with contextlib.nullcontext()`
