@@ -9,33 +9,25 @@ import difflib
 import io
 import os
 import re
-import reprlib
 import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from strict import clean
-
-
-def shown(value: object) -> str:
-    """A value as a sentence shows it, however large, deep or strange it is."""
-    if isinstance(value, str):
-        return clean(repr(value if len(value) <= 80 else value[:77] + "..."))
-    return clean(reprlib.repr(value))
+from strict import clean, show
 
 
 def whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"found {shown(text)}, expected a whole number") from None
+        raise argparse.ArgumentTypeError(f"found {show(text)}, expected a whole number") from None
 
 
 def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"found {shown(text)}, expected a number") from None
+        raise argparse.ArgumentTypeError(f"found {show(text)}, expected a number") from None
 
 
 def low_high(text: str) -> tuple[float, ...]:
@@ -44,7 +36,7 @@ def low_high(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"found {shown(text)}, expected LOW,HIGH, such as 1,5") from None
+            f"found {show(text)}, expected LOW,HIGH, such as 1,5") from None
 
 
 def check(found: object, rules: Iterable[tuple]) -> None:
@@ -55,7 +47,7 @@ def check(found: object, rules: Iterable[tuple]) -> None:
     for wanted, good, names in rules:
         for name in names.split():
             if not good(value := getattr(found, name)):
-                raise ValueError(f"--{name}: found {shown(value)}, expected {wanted}")
+                raise ValueError(f"--{name}: found {show(value)}, expected {wanted}")
 
 
 def stop(program: str, error: Exception) -> NoReturn:

@@ -16,8 +16,8 @@ import numpy as np
 
 import doubts
 import records
-from command import shown
 from doubts import Skip
+from strict import show
 
 Messages = tuple[tuple[str, str], ...]  # (role, content); roles are system, user, assistant
 
@@ -38,23 +38,23 @@ Unit = tuple  # the one row, or the two rows, that one loss term reads: Examples
 
 def text(value: object, name: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, found {shown(value)}")
+        raise ValueError(f"{name} must be a text, found {show(value)}")
     value.encode()  # a lone surrogate is a ValueError: no tokenizer takes it
     return value
 
 
 def listed(value: object, name: str) -> list:
     if not isinstance(value, list):
-        raise ValueError(f"{name} must be a list, found {shown(value)}")
+        raise ValueError(f"{name} must be a list, found {show(value)}")
     return value
 
 
 def scaled(value: object, name: str, low: float, high: float) -> float:
     """(value - low) / (high - low), a reward in [0, 1].   ValueError outside the range."""
     if type(value) not in (int, float):
-        raise ValueError(f"{name} is {shown(value)}, which is no number")
+        raise ValueError(f"{name} is {show(value)}, which is no number")
     if not low <= value <= high:
-        raise ValueError(f"{name} is {shown(value)}, outside [{low:g}, {high:g}]; UFT needs rewards"
+        raise ValueError(f"{name} is {show(value)}, outside [{low:g}, {high:g}]; UFT needs rewards"
                          " in [0, 1]: a `score` column on another scale needs --score_range "
                          "LOW,HIGH")
     return (value - low) / (high - low)
@@ -68,11 +68,11 @@ def turns(value: str | list | dict, role: str, name: str) -> Messages:
     for m in [value] if isinstance(value, dict) else value:
         if not isinstance(m, dict):
             raise ValueError(f"{name}: a message is an object with role and content, found "
-                             f"{shown(m)}")
+                             f"{show(m)}")
         speaker = m.get("role", m.get("from"))
         speaker = {"human": "user", "gpt": "assistant"}.get(str(speaker), speaker)
         if speaker not in ("system", "user", "assistant"):
-            raise ValueError(f"{name}: a message has the role {shown(speaker)}, not system, user "
+            raise ValueError(f"{name}: a message has the role {show(speaker)}, not system, user "
                              "or assistant")
         out.append((speaker, text(m.get("content", m.get("value")), f"{name}: its content")))
     return tuple(out)
@@ -99,7 +99,7 @@ def read_prompt(row: dict) -> Messages:
         lead = (("system", row["system"]),)
     for turn in listed(row.get("history") or [], "history"):
         if not isinstance(turn, list) or len(turn) != 2:
-            raise ValueError(f"history holds pairs [question, answer], found {shown(turn)}")
+            raise ValueError(f"history holds pairs [question, answer], found {show(turn)}")
         past += zip(("user", "assistant"), (text(t, "a turn of history") for t in turn),
                     strict=True)
     return lead + tuple(past) + turns(value, "user", name)
@@ -152,7 +152,7 @@ def read_helpsteer(row: dict, where: str) -> list[Example]:
 def read_label(row: dict, where: str) -> list[Example]:
     """Reward 1 or 0; of labelled messages the last is the answer."""
     if row["label"] not in (True, False):
-        raise ValueError(f"label must be true or false, found {shown(row['label'])}")
+        raise ValueError(f"label must be true or false, found {show(row['label'])}")
     if "response" not in row:
         *before, last = listed(row["messages"], "messages") or [None]
         row = row | {"prompt": before, "response": [last] if last else []}
@@ -210,7 +210,7 @@ def parse(row: dict, where: str, score_range: tuple[float, float]) -> tuple[str,
     doubts.check_names(row.keys(), ALIASES | {"answer": "response"})
     named = {ALIASES.get(k, k): v for k, v in row.items()}
     if len(named) < len(row):
-        raise ValueError(f"two columns for one thing among {shown(sorted(row))}: rename or remove "
+        raise ValueError(f"two columns for one thing among {show(sorted(row))}: rename or remove "
                          "one")
     if row.keys() >= {"question", "answer"}:  # GSM8K
         named["response"] = row["answer"]

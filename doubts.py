@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from itertools import pairwise
 
-from command import shown
+from strict import show
 
 FEEDBACK = {"score", "label", "chosen", "rejected", "helpfulness", "correctness", "coherence",
             "rating", "reward", "response"}
@@ -58,7 +58,7 @@ def misspelt(columns: frozenset[str], like: tuple) -> tuple[str, str] | None:
 def check_names(columns: Collection[str], like: Mapping[str, str]) -> None:
     """ValueError for a column that is misspelt; `like` are other names of known columns."""
     if found := misspelt(frozenset(columns), tuple(like.items())):
-        raise ValueError(f"column {shown(found[0])} looks like {found[1]!r}, misspelt: rename or "
+        raise ValueError(f"column {show(found[0])} looks like {found[1]!r}, misspelt: rename or "
                          "remove it")
 
 

@@ -18,7 +18,8 @@ import config
 import lora
 import model
 import tokens
-from command import Parser, check, number, shown, stop, whole
+from command import Parser, check, number, stop, whole
+from strict import show
 
 
 def next_token(
@@ -109,7 +110,7 @@ def complete(
 def turn(text: str) -> tuple[str, str]:
     """The user's turn.   ValueError for bytes that are no UTF-8, which Python hides in the text."""
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"--prompt, or what was typed, is no UTF-8: {shown(text)}")
+        raise ValueError(f"--prompt, or what was typed, is no UTF-8: {show(text)}")
     return "user", text
 
 
@@ -155,9 +156,8 @@ def main(argv: list[str] | None = None) -> None:
             lora.load(net, args.adapter)
         if not args.prompt:
             return converse(net, chat, args)
-        prompts = [(turn(p),) for p in args.prompt]
-        answers = complete(net, chat, prompts, args.max_new_tokens, args.temperature, args.top_p,
-                           torch.Generator().manual_seed(args.seed))
+        answers = complete(net, chat, [(turn(p),) for p in args.prompt], args.max_new_tokens,
+                           args.temperature, args.top_p, torch.Generator().manual_seed(args.seed))
         print("\n\n".join(answers), flush=True)
     except (ValueError, OSError) as error:
         stop(parser.prog, error)

@@ -17,7 +17,7 @@ import generate
 import model
 import records
 import tokens
-from command import shown
+from strict import show
 
 BATCH = 256  # prompts answered at a time
 BUDGET = 8192  # tokens of choices weighed at a time
@@ -68,10 +68,10 @@ def parse(row: dict) -> Question:
 def choices(value: object, name: str) -> tuple[tuple, tuple]:
     """(choices, labels) of {"choices": [...], "labels": [...]}.   ValueError names what is odd."""
     if not isinstance(value, dict) or not {"choices", "labels"} <= value.keys():
-        raise ValueError(f"{name} must hold choices and labels, found {shown(value)}")
+        raise ValueError(f"{name} must hold choices and labels, found {show(value)}")
     text, labels = (data.listed(value[part], f"{name}'s {part}") for part in ("choices", "labels"))
     if len(text) != len(labels) or any(n not in (0, 1) for n in labels) or len(set(labels)) < 2:
-        raise ValueError(f"{len(text)} choices have the labels {shown(labels)}: expected 0 or 1 "
+        raise ValueError(f"{len(text)} choices have the labels {show(labels)}: expected 0 or 1 "
                          "for each, and both of them")
     if not all(data.text(c, "a choice").strip() for c in text):
         raise ValueError(f"{name}: a choice is empty")

@@ -16,8 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO
 
-from command import shown
-from strict import clean
+from strict import clean, show
 
 LONGEST = 16 * 2**20  # bytes of a line
 WHOLE = 2**30  # bytes of a .json list, which is parsed at once
@@ -168,7 +167,7 @@ def json_lines(path: Path, lines: Iterable, whole: bool = False,
             if isinstance(row, dict):
                 yield where, row
             else:
-                refuse(f"{where}: expected an object, found {type(row).__name__} {shown(row)}", bad)
+                refuse(f"{where}: expected an object, found {type(row).__name__} {show(row)}", bad)
 
 
 def refuse(sentence: str, bad: list | None) -> None:
@@ -207,5 +206,5 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {shown(twice)} comes twice")
+        raise ValueError(f"the key {show(twice)} comes twice")
     return out

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import reprlib
 import stat
 from collections.abc import Sequence
 from math import isfinite
@@ -25,13 +26,14 @@ KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFCHR: "device",
 
 def clean(text: object) -> str:
     """The text on one line: control characters and what has no shape become escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
-                   for c in str(text))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def show(value: object) -> str:
-    """A value in a message: its repr, shortened."""
-    return text if len(text := repr(value)) <= 120 else text[:117] + "..."
+    """A value in a message: its repr, shortened, however large, deep or strange it is."""
+    if isinstance(value, str):
+        return clean(repr(value if len(value) <= 80 else value[:77] + "..."))
+    return clean(reprlib.repr(value))
 
 
 def sign(data: bytes) -> str:

@@ -190,7 +190,7 @@ def test_a_row_that_means_nothing_is_refused_by_file_and_line(tmp_path, line):
     Red: records.py:strict_json: `object_pairs_hook=unique` -> `object_pairs_hook=dict`
     Red: records.py:strict_json: `except RecursionError` -> `except KeyError`
     Red: records.py:strict_json: `start = clean(` -> `start = str(`
-    Red: command.py:shown: `return clean(repr(value` -> `return (lambda x: x)(str(value`
+    Red: strict.py:show: `return clean(repr(value` -> `return (lambda x: x)(str(value`
     Red: data.py:read_ultrachat: `listed(row["data"], "data")` -> `row["data"]`
     Red: data.py:read_pair: `scores.keys() & set(names)` -> `"score_rejected" in scores`
     Red: records.py:strict_json: `parse_constant=refuse_constant,` -> ``
