@@ -6,7 +6,6 @@ Learning rate, order of the data and dropout are functions of seed and step: no 
 """
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch import nn
 import durable
 import lora
 import peft_folder
+import records
 import strict
 from config import Config
 
@@ -35,12 +35,10 @@ TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_c
 def inputs(config: Config, folder: Path, weights: list[Path]) -> dict[str, str]:
     """{what: SHA-256} of every file the numbers of a run depend on; data with its weight."""
     texts = [folder / name for name in TEXTS if (folder / name).is_file()]
-    parts = [d if os.path.isfile(d) else d.rpartition(":")[0] for d in config.data]
-    shares = [d.removeprefix(p) for d, p in zip(config.data, parts, strict=True)]
+    shares = [records.weighted(spec) for spec in config.data]
     names = [f"model file {p.name}" for p in texts + weights] + [
-        f"data file {i + 1}, {Path(p).name}{share}"
-        for i, (p, share) in enumerate(zip(parts, shares, strict=True))]
-    files = [*texts, *weights, *map(Path, parts)]
+        f"data file {i + 1}, {Path(p).name}:{share:g}" for i, (p, share) in enumerate(shares)]
+    files = [*texts, *weights, *(Path(path) for path, _ in shares)]
     return dict(zip(names, durable.digests(files), strict=True))
 
 
@@ -76,7 +74,11 @@ def check_room(net: nn.Module, out: Path) -> None:
 def steps(out: Path) -> list[Path]:
     """The folders of out/checkpoints, by step; whatever else lies there is not ours."""
     found = [p for p in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=number)
+
+
+def number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dict,
@@ -103,7 +105,8 @@ def save(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, state: dic
         need = sum(t.nbytes for t in (trained | tensors).values()) / 1e6
         raise ValueError(f"saving {final} failed: {error}; it needs {need:.2f} MB. Older "
                          "checkpoints are whole: mend the disk and give --resume true") from error
-    for old in [p for p in steps(out) if (p / durable.MANIFEST).is_file()][:-config.keep]:
+    mine = [p for p in steps(out) if (p / durable.MANIFEST).is_file()]
+    for old in [p for p in mine if number(p) <= state["step"]][:-config.keep]:  # newer are damaged
         durable.remove(old)
 
 

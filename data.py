@@ -71,6 +71,8 @@ def turns(value: str | list | dict, role: str, name: str) -> Messages:
                              f"{show(m)}")
         speaker = m.get("role", m.get("from"))
         speaker = {"human": "user", "gpt": "assistant"}.get(str(speaker), speaker)
+        if speaker in TOOLS:
+            raise Skip(f"a turn of the role {speaker!r}")
         if speaker not in ("system", "user", "assistant"):
             raise ValueError(f"{name}: a message has the role {show(speaker)}, not system, user "
                              "or assistant")
@@ -187,8 +189,10 @@ def read_pair(row: dict, where: str) -> list[Example]:
             Example(prompt, rejected, rewards[1], "rejected", where)]
 
 
+TOOLS = ("tool", "function", "function_call", "observation", "ipython", "developer")
 ALIASES = {"completion": "response", "output": "response", "instruction": "prompt",
-           "question": "prompt", "conversations": "messages"}
+           "question": "prompt", "conversations": "messages", "context": "input",
+           "system_prompt": "system"}
 FORMATS: tuple[tuple[set[str], Callable[[dict, str], list[Example]], str], ...] = (
     ({"chosen", "rejected"}, read_pair, "pairs"),  # the first whose columns are all there wins
     ({"prompt", "response", "helpfulness", "correctness", "coherence"}, read_helpsteer,
@@ -208,10 +212,11 @@ def parse(row: dict, where: str, score_range: tuple[float, float]) -> tuple[str,
     But for feedback that its format does not read, and for names that look misspelt: ValueError.
     """
     doubts.check_names(row.keys(), ALIASES | {"answer": "response"})
-    named = {ALIASES.get(k, k): v for k, v in row.items()}
-    if len(named) < len(row):
-        raise ValueError(f"two columns for one thing among {show(sorted(row))}: rename or remove "
-                         "one")
+    named = {}
+    for column, value in row.items():
+        if named.setdefault(ALIASES.get(column, column), value) != value:
+            raise ValueError(f"two columns for one thing among {show(sorted(row))}: rename or "
+                             "remove one")
     if row.keys() >= {"question", "answer"}:  # GSM8K
         named["response"] = row["answer"]
     for columns, reader, name in FORMATS:

@@ -14,7 +14,7 @@ from strict import show
 FEEDBACK = {"score", "label", "chosen", "rejected", "helpfulness", "correctness", "coherence",
             "rating", "reward", "response"}
 UNREAD = {"pairs": {"score", "label"}}  # what a format must not meet, if not FEEDBACK
-SPARE = FEEDBACK - UNREAD["pairs"] | {"answer", "data"}  # what pairs may carry beside their own
+SPARE = FEEDBACK - UNREAD["pairs"] | {"answer", "data", "messages"}  # pairs may carry them too
 KNOWN = FEEDBACK | {"prompt", "messages", "data", "answer", "system", "history", "input",
                     "metadata", "score_chosen", "score_rejected"}
 
@@ -64,7 +64,8 @@ def check_names(columns: Collection[str], like: Mapping[str, str]) -> None:
 
 def check_unread(columns: Collection[str], read: Collection[str], name: str) -> None:
     """ValueError for feedback that a format, which reads the columns `read`, would overlook."""
-    if unread := sorted(UNREAD.get(name, FEEDBACK) & set(columns) - set(read)):
+    twice = {"response"} if {"messages", "prompt"} <= set(columns) else set()  # said there as well
+    if unread := sorted(UNREAD.get(name, FEEDBACK) & set(columns) - set(read) - twice):
         raise ValueError(f"column {unread[0]!r} is feedback that a row of {name} "
                          f"({', '.join(sorted(read))}) does not read: rename or remove it, or give "
                          "the other columns of its format")

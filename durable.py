@@ -5,6 +5,7 @@ the fsync of its folder makes the rename itself last. A manifest of sizes and SH
 that a folder is what was written.
 """
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -39,6 +40,9 @@ def sync(path: Path) -> None:
     try:
         with named(path):
             os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise  # some network and shared folders cannot, and have no need
     finally:
         os.close(handle)
 
@@ -74,7 +78,9 @@ def folder(final: Path, manifest: bool = False) -> Iterator[Path]:
     OSError, also for what safetensors could not write; whatever lay there before is then kept.
     """
     part = aside(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    if not final.parent.is_dir():
+        final.parent.mkdir(parents=True)
+        sync(final.parent.parent)
     try:
         part.mkdir()
         with named(final):

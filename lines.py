@@ -49,9 +49,13 @@ class Lines:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, i: int) -> tuple[str, dict]:
+    def at(self, i: int) -> tuple[int, bytes]:
+        """(number from 1, text) of the line of row i."""
         n = i + int(self.blank.searchsorted(i, "right"))
-        return next(records.json_lines(self.path, [(n + 1, self.line(self.starts[i], n))]))
+        return n + 1, self.line(self.starts[i], n)
+
+    def __getitem__(self, i: int) -> tuple[str, dict]:
+        return next(records.json_lines(self.path, [self.at(i)]))
 
 
 class Units:
@@ -73,11 +77,21 @@ class Units:
             mine = self.begun(i, mine)
         return data.units(mine, self.reads)[0], lost + long
 
-    def read(self, i: int) -> tuple[list, list, list, list]:
-        """(encoded examples of row i but for held-out ones, unusable, too long, formats)."""
-        examples, lost, formats = data.read_rows([self.rows[i]], self.config.score_range)
-        encoded, long = tokens.encode_all(
-            examples, self.chat, self.config.max_length, self.config.truncate_prompt)
+    def read(self, i: int, refuse: bool = False) -> tuple[list, list, list, list]:
+        """(encoded examples of row i but for held-out ones, unusable, too long, formats).
+
+        A bad row is unusable too, not the end of a run that has come this far, or a ValueError.
+        """
+        line = self.rows.at(i)
+        try:
+            row = records.json_lines(self.rows.path, [line])
+            examples, lost, formats = data.read_rows(row, self.config.score_range)
+            encoded, long = tokens.encode_all(
+                examples, self.chat, self.config.max_length, self.config.truncate_prompt)
+        except ValueError as error:
+            if refuse:
+                raise
+            return [], [{"where": f"{self.rows.path}:{line[0]}", "reason": str(error)}], [], []
         return [e for e in encoded if e.prompt not in self.held], lost, long, formats
 
     def begun(self, i: int, mine: list) -> list:
@@ -104,7 +118,7 @@ class Units:
         picks = np.random.default_rng(self.config.seed).choice(len(self), count, replace=False)
         found = [], [], [], []
         for i in np.sort(picks).tolist():
-            mine, *rest = self.read(i)
+            mine, *rest = self.read(i, refuse=True)
             for column, more in zip(found, (mine and self.begun(i, mine), *rest), strict=True):
                 column.extend(more)
         return found

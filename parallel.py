@@ -5,6 +5,7 @@ block, and gathered for each forward pass (FSDP2). Adapters are whole everywhere
 summed once a step: nothing else need know. Without torchrun nothing here does anything.
 """
 import atexit
+import contextlib
 import hashlib
 import os
 import sys
@@ -130,5 +131,6 @@ def fail(message: str, code: int) -> None:
     if message:
         time.sleep(2 * (place != "0"))  # till then torchrun ends who says the same as the first
         told = f"rank {place}: train.py: {message}".removeprefix("rank 0: ")
-        print(strict.clean(told), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the code says it as well
+            print(strict.clean(told), file=sys.stderr, flush=True)
     (os._exit if size() > 1 else sys.exit)(code)  # _exit waits for no one that is dead

@@ -20,13 +20,18 @@ import model
 import tokens
 from config import Config
 
-Known = dict[str, float]  # log pi_ref by `key`
+Known = dict[str, float]  # log pi_ref by `keys`
 NEW = 4096  # rows that a run may lose when it is killed
 
 
-def key(row: tokens.Encoded) -> str:
-    """32 hex digits of the row's ids and of where its response begins."""
-    return hashlib.blake2b(repr((row.prompt_len, row.ids)).encode(), digest_size=16).hexdigest()
+def keys(unit: Sequence[tokens.Encoded]) -> list[str]:
+    """For each row 32 hex digits of the whole unit, ids and beginnings of responses, and its place.
+
+    A row's last bit depends on the unit it is run in, so another unit is another value.
+    """
+    rows = [(row.prompt_len, row.ids) for row in unit]
+    return [hashlib.blake2b(repr((rows, i)).encode(), digest_size=16).hexdigest()
+            for i in range(len(rows))]
 
 
 def fingerprint(folder: Path, dtype: str, device: str) -> str:
@@ -79,17 +84,17 @@ def fill(net: model.Transformer, units: Sequence[Sequence[tokens.Encoded]], know
 
     `budget` is the tokens of one forward pass; with 1 every unit runs alone.
     """
-    lost = [[row for row in unit if row.ref_logps is None and key(row) not in known]
-            for unit in units]
-    for group in tokens.micro_batches([rows for rows in lost if rows], budget):
-        rows = [row for unit in group for row in unit]
-        batch = tokens.collate(rows)
+    lost = [unit for unit in units if any(
+        row.ref_logps is None and k not in known for row, k in zip(unit, keys(unit), strict=True))]
+    for group in tokens.micro_batches(lost, budget):
+        batch = tokens.collate([row for unit in group for row in unit])
         with lora.disabled(net):
             logps = net.response_logps(batch.ids, batch.response_mask)[0].sum(-1).tolist()
-        known.update((key(r), v) for r, v in zip(rows, logps, strict=True) if math.isfinite(v))
+        names = [k for unit in group for k in keys(unit)]
+        known.update((k, v) for k, v in zip(names, logps, strict=True) if math.isfinite(v))
     return [tuple(row if row.ref_logps is not None else
-                  replace(row, ref_logps=known.get(key(row), math.nan)) for row in unit)
-            for unit in units]
+                  replace(row, ref_logps=known.get(k, math.nan))
+                  for row, k in zip(unit, keys(unit), strict=True)) for unit in units]
 
 
 def through(net: model.Transformer, batches: Iterator[tuple], path: Path,

@@ -144,8 +144,9 @@ def memory_mib(device: str) -> float:
     """Peak memory: of the GPU if the run is on one, else of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # Unix only, like the figure
-
+    if sys.platform == "win32":
+        return 0.0  # it has no such figure
+    import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -164,6 +165,7 @@ def keep_lines(path: Path, count: int | None = None) -> None:
     ValueError where it has fewer: a checkpoint is only made when its lines are on disk.
     """
     path.touch()
+    durable.sync(path.parent)
     lines = path.read_bytes().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith(b"\n")]
     if count and len(whole) < count:

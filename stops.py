@@ -25,11 +25,14 @@ def signals() -> Iterator[list[int]]:
     before = {kind: signal.getsignal(kind) for kind in kinds}
 
     def catch(number: int) -> None:
+        """Takes note; the next signal finds what was there before."""
         caught.append(number)
         for kind in kinds:
             signal.signal(kind, before[kind])  # so that a second one acts
-        if not parallel.rank():
-            print("stopping after this step; once more stops at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # Ctrl-C ends a `| tee` as well: nobody may listen
+            if not parallel.rank():
+                print("stopping after this step; once more stops at once", file=sys.stderr,
+                      flush=True)
 
     here = threading.current_thread() is threading.main_thread()  # others may not set handlers
     try:

@@ -155,7 +155,8 @@ def run_folder(config: Config) -> Path:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"--out {out}: {above} is not a folder that can be written to")
     if config.resume and "config.json" not in held:
-        raise ValueError(f"cannot resume --out {out}: it holds no run (no config.json)")
+        raise ValueError(f"cannot resume --out {out}: it holds no run (no config.json): start it "
+                         "without --resume")
     if not config.resume and "config.json" in held:
         raise ValueError(f"--out {out} holds a run already: choose another, or --resume true")
     if not config.resume and (odd := [n for n in held if n != "lock" and n[:4] != "tmp-"]):
@@ -199,8 +200,9 @@ def train(config: Config) -> Path:
     exam.check_room(tests, chat, model.ModelConfig.from_folder(folder).max_position_embeddings)
     files, *loaded = mixture.load_data(config, chat, LOSSES[config.loss].reads)
     inputs = checkpoint.inputs(config, folder, model.weight_files(folder))
-    parallel.agree(inputs | {"arguments": repr(replace(config, device="", out=str(out))),
-                             "torch": torch.__version__}, config.device)
+    same = replace(config, device="", out=str(out))
+    parallel.agree({"files": repr(inputs), "arguments": repr(same), "torch": torch.__version__},
+                   config.device)
     kept = LOSSES[config.loss].reference and reference.store(config, folder)
     net, optimizer = adapted(config, folder)
     with checkpoint.locked(out) if not parallel.rank() else contextlib.nullcontext():
@@ -288,18 +290,20 @@ def run_steps(
                     "mem_mib": report.memory_mib(config.device)}
                 if first:
                     durable.append(log, json.dumps(metrics) + "\n")
-                left = (now - began) / (step + 1 - start) * (steps - step - 1)
-                report.step(bar, metrics, steps, left)
                 due = (step + 1) % (config.save_every or steps) == 0 or step + 1 == steps
                 number = parallel.largest(max(caught, default=0), config.device)
                 if first and (due or number):
                     durable.sync(log)
                     checkpoint.save(net, optimizer, out, state, config)
+                left = (now - began) / (step + 1 - start) * (steps - step - 1)
+                report.step(bar, metrics, steps, left)  # behind the save: a broken pipe ends here
             except (FloatingPointError, RuntimeError, MemoryError) as error:
                 raise stops.explain(error, step, units, config, out) from error
             if number:
-                raise stops.Stopped(f"stopped after step {step + 1} of {steps}, which is saved; go "
-                                    f"on with the same flags, --out {out} --resume true", number)
+                break
+        if number := parallel.largest(max(caught, default=0), config.device):
+            raise stops.Stopped(f"stopped after step {state['step']} of {steps}, which is saved; go"
+                                f" on with the same flags, --out {out} --resume true", number)
 
 
 def demo_flags() -> list[str]:
@@ -330,9 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except stops.Stopped as stop:
         parallel.fail("" if parallel.rank() else stop.args[0], 128 + stop.args[1])
     except KeyboardInterrupt:
-        print("train.py: stopped; --out RUN --resume true goes on from its newest checkpoint",
-              file=sys.stderr)
-        sys.exit(130)
+        parallel.fail("stopped; if the run has a checkpoint, --resume true goes on from it", 130)
 
 
 if __name__ == "__main__":

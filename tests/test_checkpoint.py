@@ -75,7 +75,7 @@ def test_the_newest_checkpoints_are_kept_and_nothing_of_the_users_is_touched(tmp
     """Red: checkpoint.py:save: `[:-config.keep]` -> `[:-config.keep - 1]`
     Red: checkpoint.py:save: `if (p / durable.MANIFEST).is_file()` -> ``
     Red: checkpoint.py:steps: `re.fullmatch(r"step-\\d+", p.name)` -> `p.name[-4:] != "otes"`
-    Red: checkpoint.py:steps: `int(p.name.removeprefix("step-"))` -> `p.name`"""
+    Red: checkpoint.py:number: `int(folder.name.removeprefix("step-"))` -> `folder.name`"""
     net, optimizer, settings = policy(tmp_path)
     for mine in ("step-3", "step-notes", "step-1.bak"):
         (tmp_path / "checkpoints" / mine).mkdir(parents=True)
@@ -83,6 +83,16 @@ def test_the_newest_checkpoints_are_kept_and_nothing_of_the_users_is_touched(tmp
         checkpoint.save(net, optimizer, tmp_path, {"step": step}, settings)
     found = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert found == sorted([*numbers(3, 10, 100), "step-notes", "step-1.bak"])
+
+
+def test_damaged_newer_checkpoints_count_for_nothing(tmp_path):
+    """A run that went on from before them keeps its own.
+    Red: checkpoint.py:save: `if number(p) <= state["step"]` -> ``"""
+    net, optimizer, settings = policy(tmp_path)
+    for step in (4, 8, 12, 6):
+        checkpoint.save(net, optimizer, tmp_path, {"step": step}, replace(settings, keep=9))
+    checkpoint.save(net, optimizer, tmp_path, {"step": 7}, settings)
+    assert [p.name for p in checkpoint.steps(tmp_path)] == numbers(6, 7, 8, 12)
 
 
 @pytest.mark.parametrize("place", ["lora_A", "lora_B", "exp_avg_sq"])
@@ -169,8 +179,8 @@ def test_a_model_folder_that_changed_in_one_byte_is_refused_by_name(
 def test_other_rows_or_another_weight_of_a_data_file_are_refused(
         run, base, files, tmp_path, capsys):
     """The same file elsewhere is the same data.
-    Red: checkpoint.py:inputs: `*map(Path, parts)` -> `*map(Path, parts[1:])`
-    Red: checkpoint.py:inputs: `.name}{share}` -> `.name}`"""
+    Red: checkpoint.py:inputs: `for path, _ in shares)` -> `for path, _ in shares[1:])`
+    Red: checkpoint.py:inputs: `.name}:{share:g}` -> `.name}`"""
     moved = shutil.copytree(files, tmp_path / "moved")
     argv = command(base, moved, run, "--resume", "true")
     train.main(argv)

@@ -165,7 +165,7 @@ ERRORS = {
     '{"prompt": "q", "response": null}': "response must be a text, found None",
     '{"prompt": "half of \\ud83d", "response": "a"}': "surrogates not allowed",
     '{"prompt": "q", "question": "p", "response": "a"}': "two columns for one thing",
-    '{"messages": [{"role": "tool", "content": "q"}]}': "role 'tool', not system, user or",
+    '{"messages": [{"role": "tol", "content": "q"}]}': "role 'tol', not system, user or",
     json.dumps({"prompt": "q", "response": "a"} | GRADES | {"coherence": 5}): "[0, 4]",
     '{"prompt": "q", "prompt": "r", "response": "a"}': "the key 'prompt' comes twice",
     "[" * 10**5: "brackets within brackets", '{"prompt": ' + "7" * 5000: "(4300 digits)",
@@ -311,6 +311,28 @@ def test_a_row_that_contradicts_itself_is_dropped_with_a_reason(tmp_path, row, r
     Red: doubts.py:usable: `b in (a, "system")` -> `b == a`"""
     examples, dropped = read(written(tmp_path, GOOD, row))
     assert len(examples) == 1 and dropped[0]["reason"].count(reason) == 1
+
+
+def test_columns_that_belong_to_the_prompt_reach_it():
+    """Dolly's context, OpenOrca's system_prompt; a column said twice is one.
+    Red: data.py: `"context": "input",` -> ``
+    Red: data.py: `"system_prompt": "system"}` -> `}`
+    Red: data.py:parse: `value) != value` -> `value) != 0`"""
+    dolly = {"instruction": "Who?", "context": "Ann is.", "response": "Ann"}
+    orca = {"system_prompt": "Be kind.", "question": "q", "response": "a"}
+    both = {"prompt": "q", "question": "q", "chosen": "a", "rejected": "b"}
+    found = [data.parse(row, "f:1", (0, 1))[1][0].prompt for row in (dolly, orca, both)]
+    assert found == [(("user", "Who?\n\n### Input:\nAnn is."),),
+                     (("system", "Be kind."), ("user", "q")), (("user", "q"),)]
+
+
+def test_a_conversation_that_uses_tools_is_dropped_and_counted(tmp_path):
+    """Red: data.py:turns: `if speaker in TOOLS` -> `if False`"""
+    talk = [{"role": "user", "content": "q"}, {"role": "tool", "content": "x"},
+            {"role": "assistant", "content": "a"}]
+    examples, dropped, _ = data.read(written(tmp_path, {"messages": talk}, {"prompt": "q",
+                                                                           "response": "a"}))
+    assert len(examples) == 1 and "the role 'tool'" in dropped[0]["reason"]
 
 
 @pytest.mark.parametrize("row", [

@@ -34,7 +34,7 @@ def chunks(request, monkeypatch):
 @pytest.mark.parametrize("content", FORMS.values(), ids=FORMS)
 def test_rows_by_offset_are_the_rows_of_the_file(tmp_path, content, chunks):
     """Each with its line's number, in any order, blank lines counted but not there.
-    Red: lines.py:Lines.__getitem__: `searchsorted(i, "right")` -> `searchsorted(i)`
+    Red: lines.py:Lines.at: `searchsorted(i, "right")` -> `searchsorted(i)`
     Red: lines.py:Lines.scan: `last + chunk` -> `chunk`
     Red: lines.py:Lines.scan: `<= ord(" ")` -> `== ord("{")`
     Red: lines.py:Lines.__init__: `np.delete(starts, blank) if len(blank) else ` -> ``"""
@@ -255,9 +255,27 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
         found[1]
 
 
-def test_a_bad_line_of_a_large_file_stops_the_run_with_a_sentence(
+def test_a_bad_line_that_the_sample_did_not_meet_is_dropped_and_listed(tmp_path, base):
+    """It ends no run that has come this far; a file that has changed does.
+    Red: lines.py:Units.read: `except ValueError as error` -> `except KeyError as error`"""
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "q", "response": "a"})
+    path.write_text(f"{good}\n{{\n{json.dumps({'prompt': 'q'})}\n{good}\n")
+    settings = config.Config(model="m", data=(str(path),), max_length=99)
+    units = lines.Units(path, settings, tokens.Chat(base, "plain"), "rows")
+    found = [units[i] for i in range(4)]
+    assert [len(mine) for mine, _ in found] == [1, 0, 0, 1]
+    assert found[1][1][0]["where"] == f"{path}:2" and "not valid JSON" in found[1][1][0]["reason"]
+    assert found[2][1][0]["where"] == f"{path}:3" and not found[3][1]
+    path.write_text(good)
+    with pytest.raises(ValueError, match="has changed"):
+        units[0]
+
+
+def test_a_bad_line_of_a_large_file_that_is_met_at_the_start_is_refused(
         tmp_path, base, monkeypatch, capsys):
-    """Red: lines.py:Lines.__getitem__: `[(n + 1, ` -> `[(0, `"""
+    """Red: lines.py:Lines.at: `return n + 1, ` -> `return 0, `
+    Red: lines.py:Units.sample: `refuse=True` -> `refuse=False`"""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "q", "response": "a"}\n' * 30 + "{\n")
     monkeypatch.setattr(mixture, "LARGE", 0)

@@ -36,7 +36,7 @@ def refuse(*_):
 def test_a_filled_row_carries_what_its_reference_pass_gives_bit_for_bit(adapted, units):
     """The adapter changes nothing of it.
     Red: reference.py:fill: `with lora.disabled(net)` -> `with torch.no_grad()`
-    Red: reference.py:fill: `zip(rows, logps` -> `zip(rows[::-1], logps`"""
+    Red: reference.py:fill: `zip(names, logps` -> `zip(names[::-1], logps`"""
     batch = tokens.collate([row for unit in units for row in unit])
     want = evaluate.score(adapted, batch, reference=True).ref_logps
     assert torch.equal(refs(reference.fill(adapted, units, {}, 10**6)), want)
@@ -44,7 +44,7 @@ def test_a_filled_row_carries_what_its_reference_pass_gives_bit_for_bit(adapted,
 
 def test_what_is_known_needs_no_pass(adapted, units, monkeypatch):
     """From the store, or carried by the row itself; both the very numbers.
-    Red: reference.py:fill: `if row.ref_logps is None and key(row) not in known` -> ``"""
+    Red: reference.py:fill: `row.ref_logps is None and k not in known` -> `True`"""
     known = {}
     filled = reference.fill(adapted, units, known, 1)
     monkeypatch.setattr(adapted, "response_logps", refuse)
@@ -76,10 +76,28 @@ def test_a_store_gives_back_every_bit(adapted, units, tmp_path):
 
 
 def test_the_key_tells_ids_and_where_the_response_begins():
-    """Red: reference.py:key: `(row.prompt_len, row.ids)` -> `row.ids`"""
+    """And the other rows of its unit.
+    Red: reference.py:keys: `(row.prompt_len, row.ids)` -> `row.ids`
+    Red: reference.py:keys: `repr((rows, i))` -> `repr((rows[i], i))`
+    Red: reference.py:keys: `repr((rows, i))` -> `repr(rows)`"""
     rows = [tokens.Encoded(ids, start, 1.0, "sft", "f:1", ()) for ids, start in
             (([1, 2, 3], 1), ([1, 2, 3], 2), ([1, 2, 4], 1), ([1, 23], 1))]
-    assert len({reference.key(row) for row in rows}) == 4
+    assert len({k for row in rows for k in reference.keys([row])}) == 4
+    assert len({k for row in rows for k in reference.keys([rows[0], row])}) == 8
+
+
+def test_what_is_known_of_one_unit_changes_no_bit_of_another(adapted, base):
+    """Pairs that share a row, one of them known before, as after a stop.
+    Red: reference.py:fill: `lost = [unit for` -> `lost = [unit[1:] for`
+    """
+    chat = tokens.Chat(base, "plain")
+    said = [tokens.encode(data.Example((("user", "Say one and two."),), text, 1.0, "chosen", "f:1"),
+                          chat, 99) for text in ("one two", "two", "one, one", "three four five")]
+    pairs, whole, part = [(said[0], other) for other in said[1:]], {}, {}
+    reference.fill(adapted, pairs, whole, 1)
+    reference.fill(adapted, pairs[:1], part, 1)
+    reference.fill(adapted, pairs, part, 1)
+    assert whole == part and len(whole) == 6
 
 
 @pytest.mark.parametrize("change", ["weights", "config", "dtype"])

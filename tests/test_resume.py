@@ -93,7 +93,7 @@ def test_a_run_goes_on_behind_any_step_bit_for_bit(whole, base, files, tmp_path,
     Red: train.py:run_steps: `learning_rate(step, steps, ` -> `learning_rate(step, steps + start, `
     Red: train.py:run: `state["place"], ` -> `(0, 0), `
     Red: mixture.py:stream: `at * (e == first)` -> `0`
-    Red: checkpoint.py:steps: `int(p.name.removeprefix("step-"))` -> `p.name`
+    Red: checkpoint.py:number: `int(folder.name.removeprefix("step-"))` -> `folder.name`
     Red: checkpoint.py:restore: `weights[name].data.copy_(tensor)` -> `pass`"""
     out = stopped(whole[0], tmp_path / "run", step)
     notes = out / "checkpoints/step-notes"
