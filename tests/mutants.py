@@ -40,8 +40,13 @@ PLAN = {  # file: the score to reach in percent, and the tests that may kill
     "packing": (90, "packing attention model backward train"),
     "architecture": (90, "model_config model weights"),
     "data": (88, "data lines mixture mistakes train"),
-    "checkpoint": (85, "checkpoint train mistakes"),
-    "durable": (85, "durable checkpoint train"),
+    "records": (88, "data lines mixture mistakes"),
+    "doubts": (88, "data lines mixture mistakes"),
+    "peft_config": (90, "adapter lora"),
+    "peft_folder": (90, "adapter lora"),
+    "merging": (90, "adapter lora mistakes"),
+    "checkpoint": (85, "checkpoint resume train mistakes"),
+    "durable": (85, "durable checkpoint resume train"),
 }
 LOADED = ("torch", "torch.utils.checkpoint", "numpy", "tokenizers", "safetensors.torch",
           "jinja2.sandbox", "jinja2.ext", "tqdm")  # before the first fork
