@@ -326,6 +326,7 @@ def test_the_inputs_of_a_run_are_all_files_its_numbers_depend_on(tmp_path):
 
 START = """
 import os, signal, sys, train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
 plain = train.train_step
 def train_step(net, optimizer, units, config, rate):
     for _ in range({times}):
