@@ -283,6 +283,74 @@ def test_a_file_that_is_no_text_is_refused_before_it_fills_memory(
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("start", [b"PK\3\4", b"PAR1", b"\x1f\x8b", b"BZh", b"\xfd7zXZ",
+                                   b"\x28\xb5\x2f\xfd"])
+def test_an_archive_is_known_by_its_first_bytes(tmp_path, start):
+    """Whatever its name is, but for .gz of gzip.
+    Red: records.py: `b"BZh":` -> `b"BZx":`
+    Red: records.py:check_file: `(start == b"\\x1f\\x8b" and path` -> `(path`"""
+    for name in ("a.jsonl", "a.json", "a.csv") + ("a.json.gz",) * (start[:1] != b"\x1f"):
+        (tmp_path / name).write_bytes(start + b"\0\1\2\3")
+        with pytest.raises(ValueError, match=rf"{name} is .*; expected one JSON object a line"):
+            next(records.rows(tmp_path / name))
+
+
+def test_the_limits_let_large_data_pass_and_no_more(tmp_path):
+    """A line of 16 MiB, a list of 1 GiB, and 64 MiB of text, or 200 times its size, in a gzip.
+    Red: records.py: `LONGEST = 16` -> `LONGEST = 17`
+    Red: records.py: `WHOLE = 2**30` -> `WHOLE = 2**31`
+    Red: records.py: `2**26` -> `2**27`
+    Red: records.py:read_line: `len(line) > LONGEST` -> `len(line) >= LONGEST`"""
+    path, start = tmp_path / "long.jsonl", b'{"a": "'
+    path.write_bytes(start + b"b" * (2**24 - 10) + b'"}\n' + b"{}")
+    assert len(list(records.rows(path))) == 2
+    path.write_bytes(start + b"b" * (2**24 - 9) + b'"}\n' + b"{}")
+    with pytest.raises(ValueError, match="long.jsonl:1: the line is longer than 16 MiB"):
+        list(records.rows(path))
+    (tmp_path / "list.json").write_bytes(b"[")
+    os.truncate(tmp_path / "list.json", 2**30 + 1)  # takes no room: the rest is never written
+    with pytest.raises(ValueError, match="more than 1024 MiB in one JSON list"):
+        list(records.rows(tmp_path / "list.json"))
+    mega = b"{" + b" " * (2**20 - 3) + b"}\n"
+    for lines in (64, 65):
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(mega * lines, 1))
+        found = records.rows(tmp_path / "a.jsonl.gz")
+        assert sum(1 for _ in zip(range(64), found, strict=False)) == 64
+    with pytest.raises(ValueError, match="gz:65: more than 200 times the size"):
+        next(found)
+
+
+def test_items_of_a_list_are_counted_from_one(tmp_path):
+    """A list is one line to JSON, so the item is what a message names.
+    Red: records.py:json_lines: `else [value], 1)` -> `else [value])`
+    Red: records.py:json_lines: `f"{path} item {i}" if whole` -> `f"{path} item {i}" if not whole`
+    """
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1}, {"a": 2}, 3]')
+    found = records.rows(path)
+    assert [next(found), next(found)] == [(f"{path} item 1", {"a": 1}), (f"{path} item 2",
+                                                                         {"a": 2})]
+    with pytest.raises(ValueError, match="json item 3: expected an object, found int 3"):
+        next(found)
+    path.write_text('[{"a": 1},\n{"a"]')
+    with pytest.raises(ValueError, match=r"json:1: not valid JSON \(Expecting ':'"):
+        next(records.rows(path))
+
+
+def test_a_file_that_is_not_there_is_missed_from_where_it_was_sought(tmp_path, monkeypatch):
+    """A relative name means something only together with the folder.
+    Red: records.py:check_file: `{os.getcwd()}` -> ``
+    Red: records.py:check_file: `"a folder" if stat` -> `"a folder" if not stat`"""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"^no.jsonl: No such file.*{tmp_path}"):
+        next(records.rows(Path("no.jsonl")))
+    with pytest.raises(ValueError, match="is a folder, expected a regular file"):
+        records.check_file(tmp_path)
+    os.mkfifo("x")
+    with pytest.raises(ValueError, match="is a pipe or a device, expected a regular file"):
+        records.check_file(Path("x"))
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: p.symlink_to("/dev/zero")])
 def test_only_a_regular_file_is_read(tmp_path, make):
     """A pipe would hang and a device would never end.
