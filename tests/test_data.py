@@ -246,6 +246,49 @@ def test_columns_that_nobody_reads_are_let_be(tmp_path, row):
     assert len(read(written(tmp_path, row))[0]) > 0
 
 
+@pytest.mark.parametrize("name", [
+    "score", "chosen", "rejected", "helpfulness", "correctness", "coherence", "rating", "reward",
+    "response"])
+def test_no_feedback_beside_a_conversation_is_overlooked(tmp_path, name):
+    """Whatever column holds it.
+    Red: doubts.py: `"rating", "reward", "response"}` -> `"rating", "response"}`
+    Red: doubts.py:check_unread: `- set(read)` -> `- {"rating"}`"""
+    with pytest.raises(ValueError, match=f"column '{name}' is feedback that a row of conver.*messa"):
+        read(written(tmp_path, {"messages": A, name: 0}))
+
+
+@pytest.mark.parametrize("name", [
+    "prompt", "messages", "system", "history", "input", "metadata", "score_chosen", "answer",
+    "score_rejected", "response", "score", "chosen", "rejected", "label", "helpfulness", "rating",
+    "correctness", "coherence", "reward", "completion", "output", "instruction", "question",
+    "conversations"])
+def test_every_name_that_is_known_is_looked_for_in_the_others(tmp_path, name):
+    """Where it is not there itself, and where pairs could not carry it.
+    Red: doubts.py: `"metadata", "score_chosen"` -> `"score_chosen"`
+    Red: doubts.py: `- UNREAD["pairs"] | {` -> `| {`
+    Red: doubts.py: `SPARE = FEEDBACK -` -> `SPARE = set() -`"""
+    with pytest.raises(ValueError, match=f"{name}{name[-1]}' looks like '{name}', misspelt"):
+        read(written(tmp_path, {"data": ["q", "a"], name + name[-1]: "x"}))
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", name + name[-1]: "x"}
+    spare = ("response", "helpfulness", "rating", "correctness", "coherence", "reward", "answer",
+             "chosen", "rejected", "prompt", "completion", "output", "instruction", "question")
+    if name in spare:
+        assert len(read(written(tmp_path, pair))[0]) == 2
+    else:
+        with pytest.raises(ValueError, match="misspelt"):
+            read(written(tmp_path, pair))
+
+
+def test_a_short_name_is_misspelt_by_case_alone(tmp_path):
+    """Four letters are near to too much.
+    Red: doubts.py: `"prompt", "messages", "data", "answer"` -> `"prompt", "messages", "answer"`
+    Red: doubts.py: `| {"answer", "data"}` -> `| {"answer"}`"""
+    assert len(read(written(tmp_path, {"messages": A, "date": 1, "dataa": 2}))[0]) == 1
+    with pytest.raises(ValueError, match="'Data' looks like 'data'"):
+        read(written(tmp_path, {"messages": A, "Data": 1}))
+    assert len(read(written(tmp_path, {"chosen": A, "rejected": B, "Data": 1}))[0]) == 2
+
+
 def test_all_bad_rows_are_counted(tmp_path):
     """The first is named.
     Red: data.py:read: `{len(bad) - 1} more` -> `{len(bad)} more`
