@@ -204,7 +204,7 @@ def test_a_row_that_means_nothing_is_refused_by_file_and_line(tmp_path, line):
 MISSPELT = {
     "scoer": "score", "Score": "score", "scores": "score", "scor": "score", "score ": "score",
     "SCORE": "score", "scare": "score", "sytem": "system", "Input": "input", "lable": "label",
-    "ratings": "rating"}
+    "ratings": "rating", "socre": "score"}
 
 
 @pytest.mark.parametrize("name", MISSPELT)
@@ -213,6 +213,7 @@ def test_a_column_that_looks_misspelt_is_refused(tmp_path, name):
     Red: doubts.py:near: `a.strip().lower() == b` -> `a == b`
     Red: doubts.py:near: `less[0] & less[1] or` -> ``
     Red: doubts.py:near: `b in swapped or` -> ``
+    Red: doubts.py:near: `a[i + 2:]` -> `a[i + 3:]`
     Red: doubts.py:near: `a in {w for _, w in less[1]}` -> `False`
     Red: doubts.py:near: `b in {w for _, w in less[0]}` -> `False`"""
     row = {"prompt": "q", "response": "a", name: 0}
