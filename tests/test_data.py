@@ -254,7 +254,7 @@ def test_no_feedback_beside_a_conversation_is_overlooked(tmp_path, name):
     """Whatever column holds it.
     Red: doubts.py: `"rating", "reward", "response"}` -> `"rating", "response"}`
     Red: doubts.py:check_unread: `- set(read)` -> `- {"rating"}`"""
-    with pytest.raises(ValueError, match=f"column '{name}' is feedback that a row of conver.*messa"):
+    with pytest.raises(ValueError, match=f"'{name}' is feedback that a row of conver.*messages"):
         read(written(tmp_path, {"messages": A, name: 0}))
 
 
