@@ -168,7 +168,8 @@ ERRORS = {
     '{"messages": [{"role": "tool", "content": "q"}]}': "role 'tool', not system, user or",
     json.dumps({"prompt": "q", "response": "a"} | GRADES | {"coherence": 5}): "[0, 4]",
     '{"prompt": "q", "prompt": "r", "response": "a"}': "the key 'prompt' comes twice",
-    "[" * 10**5: "brackets within brackets", '{"prompt": ' + "7" * 5000: "(4300 digits)",
+    '{"response": "a", "prompt": "q", "prompt": "r"}': "the key 'prompt' comes twice",
+    "[" * 10**5: "(brackets within", '{"prompt": ' + "7" * 5000: "(4300 digits)",
     '{"prompt": "q", "response": "\x1b[2J", "score": 2}':
     'character 30): {"prompt": "q", "response": "\\x1b[',
     '{"prompt": "q", "response": "a", "label": "\\u001b[2J"}': "found '\\x1b[2J'",
@@ -327,15 +328,17 @@ def test_a_file_that_is_no_text_is_refused_before_it_fills_memory(
         read(tmp_path / name)
 
 
-@pytest.mark.parametrize("start", [b"PK\3\4", b"PAR1", b"\x1f\x8b", b"BZh", b"\xfd7zXZ",
-                                   b"\x28\xb5\x2f\xfd"])
-def test_an_archive_is_known_by_its_first_bytes(tmp_path, start):
+@pytest.mark.parametrize("start, told", [
+    (b"PK\3\4", "a zip archive: unpack it"), (b"PAR1", "a parquet file: call it .parquet"),
+    (b"\x1f\x8b", "compressed with gzip: call it .gz"), (b"BZh", "compressed: unpack it"),
+    (b"\xfd7zXZ", "compressed: unpack it"), (b"\x28\xb5\x2f\xfd", "compressed: unpack it")])
+def test_an_archive_is_known_by_its_first_bytes(tmp_path, start, told):
     """Whatever its name is, but for .gz of gzip.
     Red: records.py: `b"BZh":` -> `b"BZx":`
     Red: records.py:check_file: `(start == b"\\x1f\\x8b" and path` -> `(path`"""
     for name in ("a.jsonl", "a.json", "a.csv") + ("a.json.gz",) * (start[:1] != b"\x1f"):
         (tmp_path / name).write_bytes(start + b"\0\1\2\3")
-        with pytest.raises(ValueError, match=rf"{name} is .*; expected one JSON object a line"):
+        with pytest.raises(ValueError, match=f"{name} is {told}; expected one JSON object a line"):
             next(records.rows(tmp_path / name))
 
 
@@ -379,6 +382,47 @@ def test_items_of_a_list_are_counted_from_one(tmp_path):
     path.write_text('[{"a": 1},\n{"a"]')
     with pytest.raises(ValueError, match=r"json:1: not valid JSON \(Expecting ':'"):
         next(records.rows(path))
+
+
+def test_a_list_may_be_just_as_long_as_the_limit(tmp_path, monkeypatch):
+    """Red: records.py:all_of: `len(content) > most` -> `len(content) >= most`"""
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1}]')
+    monkeypatch.setattr(records, "WHOLE", 10)
+    assert [row for _, row in records.rows(path)] == [{"a": 1}]
+
+
+@pytest.mark.parametrize("content, told", [
+    (b"\xff\xfe{\0}\0", "0xff, looks like UTF-16: save it as UTF-8): "),
+    (b"{\0}\0", "character 2: the file looks like UTF-16, save it as UTF-8): "),
+    (b'{"a": "\xe9"}', "0xe9, is not UTF-8: save the file as UTF-8): ")])
+def test_another_encoding_is_guessed(tmp_path, content, told):
+    """Red: records.py: `"looks like UTF-16"` -> `"looks odd"`
+    Red: records.py:strict_json: `"save the file as UTF-8"` -> `""`"""
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        next(records.rows(tmp_path / "a.jsonl"))
+
+
+def test_a_table_of_text_has_rows_with_every_column(tmp_path):
+    """What a short line lacks is empty; bytes that are no UTF-8 are refused.
+    Red: records.py:csv_rows: `restval=""` -> `restval=None`
+    Red: records.py:csv_rows: `except UnicodeDecodeError` -> `except KeyError`"""
+    path = tmp_path / "q.csv"
+    path.write_bytes(b"\xef\xbb\xbfa,b\n1,2\n3\n")
+    assert [*records.rows(path)] == [(f"{path}:2", {"a": "1", "b": "2"}),
+                                     (f"{path}:3", {"a": "3", "b": ""})]
+    path.write_bytes(b"a,b\n1,\xe9\n")
+    with pytest.raises(ValueError, match="q.csv: byte 6 is not UTF-8: save it as UTF-8"):
+        list(records.rows(path))
+
+
+def test_a_weight_is_above_zero_and_up_to_a_thousand():
+    """Red: records.py:weighted: `<= 1000` -> `< 1000`"""
+    assert records.weighted("x:1000") == ("x", 1000)
+    for wrong in ("x:1001", "x:0", "x:nan", "x:-1"):
+        with pytest.raises(ValueError, match="above 0 and up to 1000"):
+            records.weighted(wrong)
 
 
 def test_a_file_that_is_not_there_is_missed_from_where_it_was_sought(tmp_path, monkeypatch):
