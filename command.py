@@ -67,7 +67,9 @@ class Parser(argparse.ArgumentParser):
             if isinstance(stream, io.TextIOWrapper):
                 with contextlib.suppress(OSError):  # a pipe that nobody reads
                     stream.reconfigure(errors="backslashreplace")
-        return super().parse_args(words)
+        given = "\0".join([*(sys.argv[1:] if words is None else words), ""])
+        given = re.sub(r"((?:^|\0)--\w+)\0(?=-[\d.])", r"\1=", given)  # -1,3 is a value, no flag
+        return super().parse_args(given.split("\0")[:-1])
 
     def error(self, message: str) -> None:
         """Exits with code 2."""

@@ -39,9 +39,14 @@ PLAN = {  # file: the score to reach in percent, and the tests that may kill
     "backward": (90, "backward packing attention model gradients lora train"),
     "packing": (90, "packing attention model backward train"),
     "architecture": (90, "model_config model weights"),
-    "data": (88, "data lines mixture mistakes train"),
-    "checkpoint": (85, "checkpoint train mistakes"),
-    "durable": (85, "durable checkpoint train"),
+    "data": (88, "data lines mixture"),
+    "records": (88, "data lines mixture questions"),
+    "doubts": (88, "data lines mixture"),
+    "peft_config": (90, "adapter lora"),
+    "peft_folder": (90, "adapter lora"),
+    "merging": (90, "adapter lora"),
+    "checkpoint": (85, "checkpoint resume"),
+    "durable": (85, "durable checkpoint"),
 }
 LOADED = ("torch", "torch.utils.checkpoint", "numpy", "tokenizers", "safetensors.torch",
           "jinja2.sandbox", "jinja2.ext", "tqdm")  # before the first fork

@@ -2,13 +2,14 @@
 
 tests/crash kills real runs; here one thing at a time is wrong, and the message names it.
 """
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -296,8 +297,46 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_copied(
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
 
 
+MAY_CHANGE = ("resume save_every keep reference_cache out device micro_batch_tokens timeout test "
+              "gradient_checkpointing sample_tokens model data").split()
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(config.Config)])
+def test_just_the_flags_that_no_number_depends_on_may_change(name):
+    """Any other is refused by its name, with both values.
+    Red: checkpoint.py: `"timeout",` -> ``
+    Red: checkpoint.py: `FREE = (` -> `FREE = ("seed", `
+    Red: checkpoint.py:compare: `old["config"].get(key) != value` -> `False`"""
+    old = asdict(config.Config("m", ("d",)))
+    states = [{"inputs": {}, "config": json.loads(json.dumps(old | more))}
+              for more in ({}, {name: "changed"})]
+    if name in MAY_CHANGE:
+        checkpoint.compare(*states, Path("run"))
+    else:
+        with pytest.raises(ValueError, match=f"resume run: {name} was .* now 'changed'"):
+            checkpoint.compare(*states, Path("run"))
+
+
+def test_the_inputs_of_a_run_are_all_files_its_numbers_depend_on(tmp_path):
+    """Each once, by name, with the SHA-256 of what it holds; a colon may be part of a name.
+    Red: checkpoint.py: `"special_tokens_map.json")` -> `)`
+    Red: records.py:weighted: `os.path.exists(spec)` -> `False`
+    Red: checkpoint.py:inputs: `data file {i + 1}` -> `data file {i}`"""
+    texts = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+             "chat_template.jinja", "special_tokens_map.json")
+    for name in (*texts, "w.safetensors", "a.jsonl", "b:2", "README.md"):
+        (tmp_path / name).write_text(name)
+    data = (f"{tmp_path}/a.jsonl:0.5", f"{tmp_path}/b:2", f"{tmp_path}/a.jsonl")
+    found = checkpoint.inputs(config.Config("m", data), tmp_path, [tmp_path / "w.safetensors"])
+    named = {f"model file {n}": n for n in (*texts, "w.safetensors")} | {
+        "data file 1, a.jsonl:0.5": "a.jsonl", "data file 2, b:2:1": "b:2",
+        "data file 3, a.jsonl:1": "a.jsonl"}
+    assert found == {k: hashlib.sha256(v.encode()).hexdigest() for k, v in named.items()}
+
+
 START = """
 import os, signal, sys, time, train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
 plain = train.train_step
 def train_step(net, optimizer, units, config, rate):
     for _ in range({times}):

@@ -168,7 +168,8 @@ ERRORS = {
     '{"messages": [{"role": "tol", "content": "q"}]}': "role 'tol', not system, user or",
     json.dumps({"prompt": "q", "response": "a"} | GRADES | {"coherence": 5}): "[0, 4]",
     '{"prompt": "q", "prompt": "r", "response": "a"}': "the key 'prompt' comes twice",
-    "[" * 10**5: "brackets within brackets", '{"prompt": ' + "7" * 5000: "(4300 digits)",
+    '{"response": "a", "prompt": "q", "prompt": "r"}': "the key 'prompt' comes twice",
+    "[" * 10**5: "(brackets within", '{"prompt": ' + "7" * 5000: "(4300 digits)",
     '{"prompt": "q", "response": "\x1b[2J", "score": 2}':
     'character 30): {"prompt": "q", "response": "\\x1b[',
     '{"prompt": "q", "response": "a", "label": "\\u001b[2J"}': "found '\\x1b[2J'",
@@ -204,7 +205,7 @@ def test_a_row_that_means_nothing_is_refused_by_file_and_line(tmp_path, line):
 MISSPELT = {
     "scoer": "score", "Score": "score", "scores": "score", "scor": "score", "score ": "score",
     "SCORE": "score", "scare": "score", "sytem": "system", "Input": "input", "lable": "label",
-    "ratings": "rating"}
+    "ratings": "rating", "socre": "score"}
 
 
 @pytest.mark.parametrize("name", MISSPELT)
@@ -213,6 +214,7 @@ def test_a_column_that_looks_misspelt_is_refused(tmp_path, name):
     Red: doubts.py:near: `a.strip().lower() == b` -> `a == b`
     Red: doubts.py:near: `less[0] & less[1] or` -> ``
     Red: doubts.py:near: `b in swapped or` -> ``
+    Red: doubts.py:near: `a[i + 2:]` -> `a[i + 3:]`
     Red: doubts.py:near: `a in {w for _, w in less[1]}` -> `False`
     Red: doubts.py:near: `b in {w for _, w in less[0]}` -> `False`"""
     row = {"prompt": "q", "response": "a", name: 0}
@@ -244,6 +246,49 @@ def test_columns_that_nobody_reads_are_let_be(tmp_path, row):
     Red: doubts.py:misspelt: `there |= SPARE if` -> `there |= set() if`
     Red: data.py:parse: `ALIASES | {"answer": "response"}` -> `ALIASES`"""
     assert len(read(written(tmp_path, row))[0]) > 0
+
+
+@pytest.mark.parametrize("name", [
+    "score", "chosen", "rejected", "helpfulness", "correctness", "coherence", "rating", "reward",
+    "response"])
+def test_no_feedback_beside_a_conversation_is_overlooked(tmp_path, name):
+    """Whatever column holds it.
+    Red: doubts.py: `"rating", "reward", "response"}` -> `"rating", "response"}`
+    Red: doubts.py:check_unread: `- set(read)` -> `- {"rating"}`"""
+    with pytest.raises(ValueError, match=f"'{name}' is feedback that a row of conver.*messages"):
+        read(written(tmp_path, {"messages": A, name: 0}))
+
+
+@pytest.mark.parametrize("name", [
+    "prompt", "messages", "system", "history", "input", "metadata", "score_chosen", "answer",
+    "score_rejected", "response", "score", "chosen", "rejected", "label", "helpfulness", "rating",
+    "correctness", "coherence", "reward", "completion", "output", "instruction", "question",
+    "conversations"])
+def test_every_name_that_is_known_is_looked_for_in_the_others(tmp_path, name):
+    """Where it is not there itself, and where pairs could not carry it.
+    Red: doubts.py: `"metadata", "score_chosen"` -> `"score_chosen"`
+    Red: doubts.py: `- UNREAD["pairs"] | {` -> `| {`
+    Red: doubts.py: `SPARE = FEEDBACK -` -> `SPARE = set() -`"""
+    with pytest.raises(ValueError, match=f"{name}{name[-1]}' looks like '{name}', misspelt"):
+        read(written(tmp_path, {"data": ["q", "a"], name + name[-1]: "x"}))
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", name + name[-1]: "x"}
+    spare = ("response", "helpfulness", "rating", "correctness", "coherence", "reward", "answer",
+             "chosen", "rejected", "prompt", "completion", "output", "instruction", "question")
+    if name in spare:
+        assert len(read(written(tmp_path, pair))[0]) == 2
+    else:
+        with pytest.raises(ValueError, match="misspelt"):
+            read(written(tmp_path, pair))
+
+
+def test_a_short_name_is_misspelt_by_case_alone(tmp_path):
+    """Four letters are near to too much.
+    Red: doubts.py: `"prompt", "messages", "data", "answer"` -> `"prompt", "messages", "answer"`
+    Red: doubts.py: `| {"answer", "data", ` -> `| {"answer", `"""
+    assert len(read(written(tmp_path, {"messages": A, "date": 1, "dataa": 2}))[0]) == 1
+    with pytest.raises(ValueError, match="'Data' looks like 'data'"):
+        read(written(tmp_path, {"messages": A, "Data": 1}))
+    assert len(read(written(tmp_path, {"chosen": A, "rejected": B, "Data": 1}))[0]) == 2
 
 
 def test_all_bad_rows_are_counted(tmp_path):
@@ -281,6 +326,117 @@ def test_a_file_that_is_no_text_is_refused_before_it_fills_memory(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=FOREIGN[name, content]):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("start, told", [
+    (b"PK\3\4", "a zip archive: unpack it"), (b"PAR1", "a parquet file: call it .parquet"),
+    (b"\x1f\x8b", "compressed with gzip: call it .gz"), (b"BZh", "compressed: unpack it"),
+    (b"\xfd7zXZ", "compressed: unpack it"), (b"\x28\xb5\x2f\xfd", "compressed: unpack it")])
+def test_an_archive_is_known_by_its_first_bytes(tmp_path, start, told):
+    """Whatever its name is, but for .gz of gzip.
+    Red: records.py: `b"BZh":` -> `b"BZx":`
+    Red: records.py:check_file: `(start == b"\\x1f\\x8b" and path` -> `(path`"""
+    for name in ("a.jsonl", "a.json", "a.csv") + ("a.json.gz",) * (start[:1] != b"\x1f"):
+        (tmp_path / name).write_bytes(start + b"\0\1\2\3")
+        with pytest.raises(ValueError, match=f"{name} is {told}; expected one JSON object a line"):
+            next(records.rows(tmp_path / name))
+
+
+def test_the_limits_let_large_data_pass_and_no_more(tmp_path):
+    """A line of 16 MiB, a list of 1 GiB, and 64 MiB of text, or 200 times its size, in a gzip.
+    Red: records.py: `LONGEST = 16` -> `LONGEST = 17`
+    Red: records.py: `WHOLE = 2**30` -> `WHOLE = 2**31`
+    Red: records.py: `2**26` -> `2**27`
+    Red: records.py:read_line: `len(line) > LONGEST` -> `len(line) >= LONGEST`"""
+    path, start = tmp_path / "long.jsonl", b'{"a": "'
+    path.write_bytes(start + b"b" * (2**24 - 10) + b'"}\n' + b"{}")
+    assert len(list(records.rows(path))) == 2
+    path.write_bytes(start + b"b" * (2**24 - 9) + b'"}\n' + b"{}")
+    with pytest.raises(ValueError, match="long.jsonl:1: the line is longer than 16 MiB"):
+        list(records.rows(path))
+    (tmp_path / "list.json").write_bytes(b"[")
+    os.truncate(tmp_path / "list.json", 2**30 + 1)  # takes no room: the rest is never written
+    with pytest.raises(ValueError, match="more than 1024 MiB in one JSON list"):
+        list(records.rows(tmp_path / "list.json"))
+    mega = b"{" + b" " * (2**20 - 3) + b"}\n"
+    for lines in (64, 65):
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(mega * lines, 1))
+        found = records.rows(tmp_path / "a.jsonl.gz")
+        assert sum(1 for _ in zip(range(64), found, strict=False)) == 64
+    with pytest.raises(ValueError, match="gz:65: more than 200 times the size"):
+        next(found)
+
+
+def test_items_of_a_list_are_counted_from_one(tmp_path):
+    """A list is one line to JSON, so the item is what a message names.
+    Red: records.py:json_lines: `else [value], 1)` -> `else [value])`
+    Red: records.py:json_lines: `f"{path} item {i}" if whole` -> `f"{path} item {i}" if not whole`
+    """
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1}, {"a": 2}, 3]')
+    found = records.rows(path)
+    assert [next(found), next(found)] == [(f"{path} item 1", {"a": 1}), (f"{path} item 2",
+                                                                         {"a": 2})]
+    with pytest.raises(ValueError, match="json item 3: expected an object, found int 3"):
+        next(found)
+    path.write_text('[{"a": 1},\n{"a"]')
+    with pytest.raises(ValueError, match=r"json:1: not valid JSON \(Expecting ':'"):
+        next(records.rows(path))
+
+
+def test_a_list_may_be_just_as_long_as_the_limit(tmp_path, monkeypatch):
+    """Red: records.py:all_of: `len(content) > most` -> `len(content) >= most`"""
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1}]')
+    monkeypatch.setattr(records, "WHOLE", 10)
+    assert [row for _, row in records.rows(path)] == [{"a": 1}]
+
+
+@pytest.mark.parametrize("content, told", [
+    (b"\xff\xfe{\0}\0", "0xff, looks like UTF-16: save it as UTF-8): "),
+    (b"{\0}\0", "character 2: the file looks like UTF-16, save it as UTF-8): "),
+    (b'{"a": "\xe9"}', "0xe9, is not UTF-8: save the file as UTF-8): ")])
+def test_another_encoding_is_guessed(tmp_path, content, told):
+    """Red: records.py: `"looks like UTF-16"` -> `"looks odd"`
+    Red: records.py:strict_json: `"save the file as UTF-8"` -> `""`"""
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        next(records.rows(tmp_path / "a.jsonl"))
+
+
+def test_a_table_of_text_has_rows_with_every_column(tmp_path):
+    """What a short line lacks is empty; bytes that are no UTF-8 are refused.
+    Red: records.py:csv_rows: `restval=""` -> `restval=None`
+    Red: records.py:csv_rows: `except UnicodeDecodeError` -> `except KeyError`"""
+    path = tmp_path / "q.csv"
+    path.write_bytes(b"\xef\xbb\xbfa,b\n1,2\n3\n")
+    assert [*records.rows(path)] == [(f"{path}:2", {"a": "1", "b": "2"}),
+                                     (f"{path}:3", {"a": "3", "b": ""})]
+    path.write_bytes(b"a,b\n1,\xe9\n")
+    with pytest.raises(ValueError, match="q.csv: byte 6 is not UTF-8: save it as UTF-8"):
+        list(records.rows(path))
+
+
+def test_a_weight_is_above_zero_and_up_to_a_thousand():
+    """Red: records.py:weighted: `<= 1000` -> `< 1000`"""
+    assert records.weighted("x:1000") == ("x", 1000)
+    for wrong in ("x:1001", "x:0", "x:nan", "x:-1"):
+        with pytest.raises(ValueError, match="above 0 and up to 1000"):
+            records.weighted(wrong)
+
+
+def test_a_file_that_is_not_there_is_missed_from_where_it_was_sought(tmp_path, monkeypatch):
+    """A relative name means something only together with the folder.
+    Red: records.py:check_file: `{os.getcwd()}` -> ``
+    Red: records.py:check_file: `"a folder" if stat` -> `"a folder" if not stat`"""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"^no.jsonl: No such file.*{tmp_path}"):
+        next(records.rows(Path("no.jsonl")))
+    with pytest.raises(ValueError, match="is a folder, expected a regular file"):
+        records.check_file(tmp_path)
+    os.mkfifo("x")
+    with pytest.raises(ValueError, match="is a pipe or a device, expected a regular file"):
+        records.check_file(Path("x"))
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: p.symlink_to("/dev/zero")])

@@ -134,14 +134,33 @@ def test_damage_is_named_whatever_it_is(tmp_path, told):
     assert durable.damage(folder).startswith(told)
 
 
-def test_files_are_as_readable_as_the_user_asked(tmp_path):
-    """Red: durable.py:folder: `file.chmod(` -> `(lambda mode: 0)(`"""
-    before = os.umask(0o027)
+@pytest.mark.parametrize("mask, mode", [(0o027, 0o640), (0o022, 0o644), (0o077, 0o600)])
+def test_files_are_as_readable_as_the_user_asked(tmp_path, mask, mode):
+    """None can be executed.
+    Red: durable.py:folder: `file.chmod(` -> `(lambda mode: 0)(`
+    Red: durable.py:folder: `& 0o666` -> `& 0o667`"""
+    before = os.umask(mask)
     try:
         modes = {stat.S_IMODE(p.stat().st_mode) for p in fill(tmp_path / "x").iterdir()}
     finally:
         os.umask(before)
-    assert modes == {0o640}
+    assert modes == {mode}
+
+
+def test_a_folder_is_made_with_those_above_it_and_holds_no_manifest_unasked(tmp_path):
+    """Red: durable.py:folder: `manifest: bool = False` -> `manifest: bool = True`
+    Red: durable.py:folder: `mkdir(parents=True)` -> `mkdir()`"""
+    with durable.folder(tmp_path / "run/checkpoints/adapter") as part:
+        (part / "a").touch()
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["adapter"]
+    assert [p.name for p in (tmp_path / "run/checkpoints/adapter").iterdir()] == ["a"]
+
+
+def test_the_first_error_is_told_though_nothing_is_left_to_remove(tmp_path):
+    """Red: durable.py:folder: `ignore_errors=True` -> `ignore_errors=False`"""
+    with pytest.raises(KeyError, match="mine"), durable.folder(tmp_path / "x") as part:
+        part.rmdir()
+        raise KeyError("mine")
 
 
 def test_sweeping_takes_only_what_a_process_left_aside(tmp_path):

@@ -277,6 +277,17 @@ def test_every_field_is_a_flag_that_reaches_the_config(field, monkeypatch):
     assert getattr(got[0], field.name) == value != field.default
 
 
+@pytest.mark.parametrize("word", ["-1,3", "-.5,1", "-1e-3,0"])
+def test_a_range_below_zero_needs_no_equals_sign(word):
+    """A word of a minus and a digit is the value of the flag before it; no flag begins so.
+    Red: command.py:Parser.parse_args: `?=-[` -> `?=+[`
+    Red: command.py:Parser.parse_args: `d.])` -> `d])`"""
+    flags = ["--model", "m", "--data", "-9", "--score_range", word, "--steps", "3"]
+    found = config.parse_flags(flags, {})
+    assert found.score_range == tuple(map(float, word.split(",")))
+    assert (found.model, found.data, found.steps) == ("m", ("-9",), 3)
+
+
 def test_help_lists_every_flag_and_exits_with_zero(capsys):
     """Red: config.py:parse_flags: `in fields(Config)` -> `in fields(Config)[1:]`"""
     with pytest.raises(SystemExit) as stop:

@@ -62,13 +62,13 @@ LAYOUT = """{% for m in messages %}
     {% if m.role == 'system' %}
         {% continue %}
     {% endif %}
-    {{ m | tojson }} {{ strftime_now('%Y') }} {% generation %}{{ m.content }}{% endgeneration %}
+    {{ m | tojson }} {{ strftime_now('now') }} {% generation %}{{ m.content }}{% endgeneration %}
 {% endfor %}
 """
 
 
 def test_blocks_loops_json_dates_and_generation_marks_render_as_in_transformers():
-    """The settings that the real templates above leave untried.
+    """The settings that the real templates above leave untried; the clock alone stands still here.
     Seen red with trim_blocks, lstrip_blocks or ensure_ascii turned over."""
     listed = [{"role": r, "content": c} for r, c in (*TALKS[3], ("user", "<b> & '"))]
     text = peer(OWN[0]).apply_chat_template(listed, chat_template=LAYOUT, tokenize=False)

@@ -4,7 +4,6 @@
 """
 import json
 import math
-import re
 import shutil
 
 import folder
@@ -14,6 +13,7 @@ import torch
 from anything import seeds, texts, values
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from test_weights import same
 
 import architecture
@@ -44,11 +44,6 @@ kinds = st.sampled_from(architecture.SUPPORTED)
 damages = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.just(b"\xff" * 8) |
                              st.binary(min_size=1, max_size=4)),
                    min_size=1, max_size=3)
-
-
-not_yet = pytest.mark.xfail(
-    strict=False, raises=(TypeError, AttributeError, re.error, ExceptionGroup),
-    reason="an index or a pattern of another type than expected")
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +86,13 @@ def write_aside(path, content: bytes) -> None:
 @given(kinds, changes)
 def test_any_config_is_an_architecture_or_refused(kind, changed):
     """What is accepted holds only numbers that a model can have.
-    Red: architecture.py:ModelConfig.from_dict: `type(sizes[key]) is not int or sizes` -> `sizes`
-    Red: architecture.py:ModelConfig.from_dict: `not 0 < eps < 1` -> `eps > 1`
-    Red: architecture.py:rope_parameters: `not 0 < rope[key] < math.inf` -> `rope[key] <= 0`"""
+    Red: bounds.py:whole: `type(value) is not int or not 0` -> `not 0`
+    Red: architecture.py:ModelConfig.from_dict: `raw.get("rms_norm_eps"), 1)` -> `raw.get(""), 9)`
+    Red: architecture.py:rope_parameters: `bounds.positive(key, rope.get(key), 1e30)` -> `pass`"""
     raw = tiny.config(kind) | changed
     try:
         found = architecture.ModelConfig.from_dict(raw)
-    except (ValueError, KeyError, TypeError, AttributeError):  # from_folder makes one of them
+    except ValueError:
         return
     assert all(type(n) is int and n > 0 for n in (
         found.vocab_size, found.hidden_size, found.num_hidden_layers, found.head_dim))
@@ -111,12 +106,12 @@ def test_any_config_is_an_architecture_or_refused(kind, changed):
                  values.map(lambda v: json.dumps(v).encode()), st.binary(max_size=9)))
 def test_any_config_file_is_read_or_refused_by_its_path(tmp_path_factory, content):
     """Whatever its bytes.
-    Red: architecture.py:ModelConfig.from_folder: `KeyError, TypeError, Attr` -> `Attr`
+    Red: strict.py:read_text: `except UnicodeDecodeError as` -> `except KeyError as`
     Red: architecture.py:ModelConfig.from_folder: `f"{path}: {error}"` -> `f"{error}"`"""
     path = tmp_path_factory.getbasetemp() / "config.json"
     path.write_bytes(content)
     found = refused(architecture.ModelConfig.from_folder, path.parent)
-    assert isinstance(found, architecture.ModelConfig) or str(found).startswith(f"{path}: ")
+    assert isinstance(found, architecture.ModelConfig) or str(found).startswith(f"{path}")
 
 
 @given(changes)
@@ -140,8 +135,8 @@ def test_a_model_folder_with_another_config_is_loaded_or_refused(saved, changed)
 @given(damages, st.booleans())
 def test_a_weights_file_damaged_anywhere_gives_finite_weights_or_is_refused(saved, places, header):
     """A flipped byte of a number cannot be seen; NaN, infinity and a broken header are.
-    Red: model.py:load: `except SafetensorError as error` -> `except KeyError as error`
-    Red: model.py:check_tensors: `not torch.isfinite(` -> `False and torch.isfinite(`"""
+    Red: weights.py:span: `or entry.keys() != keys` -> ``
+    Red: weights.py:check_finite: `not torch.isfinite(` -> `False and torch.isfinite(`"""
     path = saved / "base" / "model.safetensors"
     whole = (saved / "base.whole").read_bytes()
     write_aside(path, damaged(whole, places, header))
@@ -153,7 +148,7 @@ def test_a_weights_file_damaged_anywhere_gives_finite_weights_or_is_refused(save
 @given(st.floats(0, 1, exclude_max=True))
 def test_a_weights_file_cut_anywhere_is_refused(saved, share):
     """Even by its last byte.
-    Red: model.py:load: `except SafetensorError as error` -> `except KeyError as error`"""
+    Red: weights.py:header: `) != size - 8 - length` -> `) > 2**62`"""
     path = saved / "base" / "model.safetensors"
     whole = (saved / "base.whole").read_bytes()
     write_aside(path, whole[:int(share * len(whole))])
@@ -164,20 +159,20 @@ def test_a_weights_file_cut_anywhere_is_refused(saved, share):
 
 shards = st.one_of(st.sampled_from(("a.safetensors", "../a.safetensors", "/etc/passwd", "", ".")),
                    values)
-indexes = st.one_of(values, st.dictionaries(texts, shards, max_size=3).map(
-    lambda m: {"weight_map": m}), st.fixed_dictionaries({"weight_map": values}))
+indexes = st.one_of(values, st.dictionaries(texts | st.just("w"), shards, max_size=3).map(
+    lambda m: {"weight_map": m}), st.fixed_dictionaries({"weight_map": values}),
+    shards.map(lambda shard: {"weight_map": {"w": shard}}))
 
 
-@not_yet
 @given(indexes)
 def test_any_index_names_files_of_its_folder_or_is_refused(tmp_path_factory, index):
     """No shard lies outside; what is no index is refused.
-    Red: model.py:weight_files: `if Path(name).name != name` -> `if False`
-    Red: model.py:weight_files: `(ValueError, KeyError, TypeError)` -> `KeyError`"""
+    Red: weights.py:headers: `Path(shard).name != shard` -> `False`
+    Red: weights.py:headers: `type(shard) is not str or` -> ``"""
     here = tmp_path_factory.getbasetemp() / "sharded"
     here.mkdir(exist_ok=True)
-    (here / "a.safetensors").touch()
-    (here.parent / "a.safetensors").touch()
+    for path in (here, here.parent):
+        save_file({"w": torch.ones(1)}, path / "a.safetensors")
     (here / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     found = refused(model.weight_files, here)
     assert isinstance(found, ValueError) or found == [here / "a.safetensors"]
@@ -186,8 +181,8 @@ def test_any_index_names_files_of_its_folder_or_is_refused(tmp_path_factory, ind
 @given(damages, st.booleans())
 def test_an_adapter_file_damaged_anywhere_is_finite_pairs_or_refused(saved, places, header):
     """Of matching rank, with a scale that is a number.
-    Red: peft_folder.py:read: `(ValueError, SafetensorError)` -> `ValueError`
-    Red: peft_folder.py:read: `t.isfinite().all() for t` -> `True for t`"""
+    Red: weights.py:span: `or entry.keys() != keys` -> ``
+    Red: peft_folder.py:read: `tensor.float())` -> `torch.ones(1))`"""
     path = saved / "adapter" / "adapter_model.safetensors"
     whole = (saved / "adapter.whole").read_bytes()
     write_aside(path, damaged(whole, places, header))
@@ -199,14 +194,14 @@ def test_an_adapter_file_damaged_anywhere_is_finite_pairs_or_refused(saved, plac
             assert len(a) == b.shape[1] == 2
 
 
-@not_yet
 @given(st.dictionaries(st.sampled_from((
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "peft_type",
     "use_dora", "modules_to_save", "init_lora_weights")), numbers, min_size=1, max_size=2))
 def test_any_adapter_config_is_plain_lora_or_refused(saved, changed):
     """Whatever its values, the scale is a finite number and r the rank of the tensors.
     Red: peft_folder.py:read: `a.shape[:-1] + b.shape[1:] != (r, r)` -> `False`
-    Red: peft_folder.py:read: `(config.get(key, value) or None) != value` -> `False`"""
+    Red: peft_config.py:read: `in config.keys() - PLAIN` -> `in ()`
+    Red: peft_config.py:patterns: `if type(given) is not dict` -> `if False`"""
     path = saved / "adapter" / "adapter_config.json"
     before = path.read_text("utf-8")
     try:
@@ -230,7 +225,7 @@ shapes = st.fixed_dictionaries({
 @given(shapes, seeds, st.sampled_from((torch.float32, torch.bfloat16, torch.float64)))
 def test_a_model_of_any_shape_comes_back_bit_for_bit(tmp_path_factory, shape, seed, dtype):
     """Every family, tied or not, in every dtype: its names, weights and windows; its outputs.
-    Red: model.py:load: `tensor.to(dtype)` -> `tensor.half().to(dtype)`
+    Red: model.py:load: `(name).to(dtype)` -> `(name).half().to(dtype)`
     Red: model.py:save: `raw = config.raw | {` -> `raw = {`"""
     net = tiny.transformer(seed, dtype, **shape)
     out = tmp_path_factory.getbasetemp() / "shape"
@@ -249,7 +244,7 @@ def test_rotary_tables_are_points_of_the_unit_circle(shape, rope, positions):
     raw = tiny.config(**shape) | {"rope_parameters": {"rope_theta": 1e4} | rope}
     try:
         found = architecture.ModelConfig.from_dict(raw)
-    except (ValueError, TypeError, AttributeError):
+    except ValueError:
         return
     cos, sin = model.rotary_tables(found, torch.tensor(positions), torch.float64)
     half = cos.shape[1] // 2
