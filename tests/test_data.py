@@ -273,7 +273,8 @@ def test_every_name_that_is_known_is_looked_for_in_the_others(tmp_path, name):
         read(written(tmp_path, {"data": ["q", "a"], name + name[-1]: "x"}))
     pair = {"prompt": "q", "chosen": "a", "rejected": "b", name + name[-1]: "x"}
     spare = ("response", "helpfulness", "rating", "correctness", "coherence", "reward", "answer",
-             "chosen", "rejected", "prompt", "completion", "output", "instruction", "question")
+             "chosen", "rejected", "prompt", "completion", "output", "instruction", "question",
+             "messages", "conversations")
     if name in spare:
         assert len(read(written(tmp_path, pair))[0]) == 2
     else:

@@ -246,7 +246,7 @@ def surroundings() -> list[Case]:
     def zone(place: Path) -> None:
         os.environ["TZ"] = "Pacific/Kiritimati"
 
-    out = []
+    out, accents = [], "d\u00e9j\u00e0 vu.jsonl".encode()
     for program, said in (("train", "adapter"), ("evaluate", "uft_loss"), ("generate", "")):
         out += [Case(f"A18 another folder, {program}", program, elsewhere, "", said, "V"),
                 Case(f"A18 no home and no terminal, {program}", program, no_home, "", said, "V"),
@@ -258,8 +258,8 @@ def surroundings() -> list[Case]:
             Case("A18 names relative to the folder", "evaluate", None,
                  "ONLY --model model --data data.jsonl --template plain", "40 rows", "V"),
             Case("A18 a name with blanks and accents", "evaluate", lambda p: os.link(
-                p / "data.jsonl", p / "d\u00e9j\u00e0 vu.jsonl"),
-                "--data 'DIR/d\u00e9j\u00e0 vu.jsonl'", "40 rows", "V"),
+                os.fsencode(p / "data.jsonl"), os.fsencode(p) + b"/" + accents),
+                f"--data 'DIR/{os.fsdecode(accents)}'", "40 rows", "V"),
             Case("A18 a name that is no UTF-8", "evaluate", lambda p: os.link(
                 os.fsencode(p / "data.jsonl"), os.fsencode(p) + b"/\xff.jsonl"),
                 "--data 'DIR/\udcff.jsonl'", "40 rows", "W")]
