@@ -21,8 +21,8 @@ class Stopped(Exception):
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
     """Inside the block SIGINT and SIGTERM are put on the list given; a second one acts at once."""
-    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
-    before = {kind: signal.getsignal(kind) for kind in kinds}
+    caught, before = [], {k: signal.getsignal(k) for k in (signal.SIGINT, signal.SIGTERM)}
+    kinds = [k for k in before if before[k] != signal.SIG_IGN]  # a shell's `&` has it ignored
 
     def catch(number: int) -> None:
         """Takes note; the next signal finds what was there before."""

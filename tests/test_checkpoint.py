@@ -377,6 +377,17 @@ def test_a_second_signal_stops_at_once(base, files, tmp_path, name, code):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    """Red: stops.py:signals: `if before[k] != signal.SIG_IGN` -> ``"""
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stops.signals() as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN and not caught
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
 def test_handlers_are_put_back_after_a_run():
     """Red: stops.py:signals: `        yield caught` -> `        yield caught; here = False`"""
     before = signal.getsignal(signal.SIGTERM)
