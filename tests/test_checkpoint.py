@@ -377,6 +377,21 @@ def test_a_second_signal_stops_at_once(base, files, tmp_path, name, code):
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.parametrize("stream", [1, 2])
+def test_ctrl_c_saves_even_where_it_ends_the_reader_of_the_output_too(
+        base, files, tmp_path, stream):
+    """As it ends `tee` behind a pipe: what is printed then meets a broken one.
+    Red: stops.py:signals: `contextlib.suppress(OSError)` -> `contextlib.nullcontext()`
+    Red: train.py:run_steps: `due = (step + 1)` -> `due = (print(flush=True) or step + 1)`
+    """
+    broken = f"reader, writer = os.pipe(); os.close(reader); os.dup2(writer, {stream})"
+    start = START.format(times=1, name="SIGINT").replace("    for _", f"    {broken}\n    for _")
+    subprocess.run([sys.executable, "-c", start, *command(base, files, tmp_path / "run",
+                                                          "--save_every", "0")],
+                   cwd=ROOT, check=False, capture_output=True)
+    assert [p.name for p in checkpoint.steps(tmp_path / "run")] == ["step-1"]
+
+
 def test_a_signal_that_is_ignored_stays_ignored():
     """Red: stops.py:signals: `if before[k] != signal.SIG_IGN` -> ``"""
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)

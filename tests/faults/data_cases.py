@@ -414,7 +414,7 @@ def answers() -> list[Case]:
         "messages": [USER, ASSISTANT, USER], "label": True}, "last turn")
     out += dropped("D28 labelled, nobody", {"messages": [], "label": True}, "no message")
     wrong = {"no role": {"content": "q"}, "no content": {"role": "user"}, "an unknown role":
-             {"role": "tool", "content": "q"},
+             {"role": "narrator", "content": "q"},
              "a number as content": {"role": "user", "content": 5},
              "parts as content": {"role": "user", "content": [{"type": "text", "text": "q"}]},
              "a list as role": {"role": [], "content": "q"}, "null as content":
