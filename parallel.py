@@ -5,11 +5,9 @@ block, and gathered for each forward pass (FSDP2). Adapters are whole everywhere
 summed once a step: nothing else need know. Without torchrun nothing here does anything.
 """
 import atexit
-import contextlib
 import hashlib
 import os
 import sys
-import time
 import warnings
 from datetime import timedelta
 from itertools import accumulate, pairwise
@@ -18,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 import model
-import strict
 import tokens
 from config import Config
 
@@ -110,27 +107,9 @@ def sum_gradients(trained: list[torch.nn.Parameter]) -> None:
         torch.nn.utils.vector_to_parameters(together(torch.cat([g.flatten() for g in each])), each)
 
 
-def told(error: Exception, when: str, timeout: float) -> Exception:
-    """A ValueError in place of what torch raises when another process is gone; else `error`."""
-    gone = isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)
-    return ValueError(f"another process died or did not answer for {timeout:g} s {when}; start "
-                      f"again with --resume true ({str(error).split('. ')[0]})") if gone else error
-
-
 def largest(number: int, device: str) -> int:
     """The largest of the processes' numbers."""
     if size() > 1:
         number = torch.tensor(number, device=device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
-
-
-def fail(message: str, code: int) -> None:
-    """Says why this process ends, if anything, and ends it."""
-    place = os.environ.get("RANK", "0")
-    if message:
-        time.sleep(2 * (place != "0"))  # till then torchrun ends who says the same as the first
-        told = f"rank {place}: train.py: {message}".removeprefix("rank 0: ")
-        with contextlib.suppress(OSError):  # the code says it as well
-            print(strict.clean(told), file=sys.stderr, flush=True)
-    (os._exit if size() > 1 else sys.exit)(code)  # _exit waits for no one that is dead

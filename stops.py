@@ -1,16 +1,20 @@
 """Every way a run ends before its last step: a signal, bad numbers, no memory, a failed save."""
 import contextlib
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import parallel
 import report
+import strict
 from config import Config
 
 
@@ -63,4 +67,22 @@ def explain(error: Exception, step: int, units: list, config: Config, out: Path)
             f"out of memory at step {step + 1}. Try in this order: --micro_batch_tokens "
             f"{config.micro_batch_tokens // 2}, --gradient_checkpointing true, --dtype bfloat16, "
             f"--max_length {config.max_length // 2}")
-    return parallel.told(error, f"at step {step + 1}", config.timeout)
+    return told(error, f"at step {step + 1}", config.timeout)
+
+
+def told(error: Exception, when: str, timeout: float) -> Exception:
+    """A ValueError in place of what torch raises when another process is gone; else `error`."""
+    gone = isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)
+    return ValueError(f"another process died or did not answer for {timeout:g} s {when}; start "
+                      f"again with --resume true ({str(error).split('. ')[0]})") if gone else error
+
+
+def fail(message: str, code: int) -> None:
+    """Says why this process ends, if anything, and ends it."""
+    place = os.environ.get("RANK", "0")
+    if message:
+        time.sleep(2 * (place != "0"))  # till then torchrun ends who says the same as the first
+        told = f"rank {place}: train.py: {message}".removeprefix("rank 0: ")
+        with contextlib.suppress(OSError):  # the code says it as well
+            print(strict.clean(told), file=sys.stderr, flush=True)
+    (os._exit if parallel.size() > 1 else sys.exit)(code)  # _exit waits for no one that is dead

@@ -326,15 +326,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(config)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if stops.no_memory(error):
-            parallel.fail(f"out of memory before or after training: {error}", 2)
-        known = parallel.told(error, "before or after training", config.timeout)
+            stops.fail(f"out of memory before or after training: {error}", 2)
+        known = stops.told(error, "before or after training", config.timeout)
         if isinstance(known, RuntimeError):
             raise
-        parallel.fail(str(known), 2)
+        stops.fail(str(known), 2)
     except stops.Stopped as stop:
-        parallel.fail("" if parallel.rank() else stop.args[0], 128 + stop.args[1])
+        stops.fail("" if parallel.rank() else stop.args[0], 128 + stop.args[1])
     except KeyboardInterrupt:
-        parallel.fail("stopped; if the run has a checkpoint, --resume true goes on from it", 130)
+        stops.fail("stopped; if the run has a checkpoint, --resume true goes on from it", 130)
 
 
 if __name__ == "__main__":

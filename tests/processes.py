@@ -24,6 +24,7 @@ from torch.nn.utils import parameters_to_vector
 
 import lora
 import parallel
+import stops
 import tokens
 import train
 
@@ -145,7 +146,7 @@ def fault(kind):
         try:
             train.train_step(net, optimizer, ALIKE, setup, 0.0)
         except RuntimeError as error:
-            raise parallel.told(error, f"at step {step + 1}", TIMEOUT) from None
+            raise stops.told(error, f"at step {step + 1}", TIMEOUT) from None
 
 
 def work(job, world):
@@ -158,7 +159,7 @@ def work(job, world):
         parallel.start(test_train.settings(**RULES, timeout=30.0 if job == "numbers" else TIMEOUT))
         return numbers() if job == "numbers" else fault(job)
     except ValueError as error:
-        return parallel.fail(str(parallel.told(error, "twice", TIMEOUT)), 2)
+        return stops.fail(str(stops.told(error, "twice", TIMEOUT)), 2)
 
 
 def child(name, job, world, rank, port):

@@ -29,8 +29,8 @@ CAPS = {
     "peft_folder.py": 110, "merging.py": 80, "architecture.py": 110, "backward.py": 330,
     "packing.py": 120,
     "model.py": 330, "config.py": 125, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,
-    "checkpoint.py": 190, "durable.py": 170, "stops.py": 70, "objectives.py": 90,
-    "report.py": 175, "parallel.py": 140, "mixture.py": 100, "lines.py": 125, "reference.py": 115,
+    "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 90,
+    "report.py": 175, "parallel.py": 120, "mixture.py": 100, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,
     "page.py": 240, "questions.py": 175, "rollouts.py": 190, "train.py": 360, "README.md": 150}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))

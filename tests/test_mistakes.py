@@ -167,7 +167,7 @@ def check(stderr, words, usage):
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_ends_with_one_sentence_and_exit_code_2(case, place, capsys):
     """Red: train.py:main: `(ValueError, OSError, RuntimeError, MemoryError)` -> `ZeroDivisionError`
-    Red: parallel.py:fail: `sys.exit)(code)` -> `sys.exit)(1)`
+    Red: stops.py:fail: `sys.exit)(code)` -> `sys.exit)(1)`
     Red: evaluate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: page.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
     Red: generate.py:main: `(ValueError, OSError)` -> `ZeroDivisionError`
@@ -227,7 +227,7 @@ def test_out_of_memory_names_the_step_and_what_to_try(error, place, capsys, monk
 
 
 def test_an_error_of_ours_keeps_its_traceback(place, monkeypatch):
-    """Red: stops.py:explain: `return parallel.told(error, ` -> `return ValueError(`
+    """Red: stops.py:explain: `return told(error, ` -> `return ValueError(`
     Red: train.py:main: `isinstance(known, RuntimeError)` -> `False`"""
     def train_step(*_):
         raise RuntimeError("shapes differ")

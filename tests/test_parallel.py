@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import parallel
+import stops
 import train
 
 LATE = 5  # seconds that the end may come after the timeout
@@ -121,7 +122,7 @@ def test_without_torchrun_nothing_happens():
     Red: parallel.py:together: `size() > 1` -> `size() > 0`"""
     x, error = torch.ones(3), RuntimeError("mat1 and mat2 shapes")
     assert parallel.start(test_train.settings(device="meta")) == "meta"
-    assert parallel.together(x, 2, 9) is x and parallel.told(error, "", 1) is error
+    assert parallel.together(x, 2, 9) is x and stops.told(error, "", 1) is error
     assert not torch.distributed.is_initialized()
 
 
@@ -219,12 +220,12 @@ def test_every_process_names_whose_facts_differ(numbers):
 def test_a_fault_ends_every_process_with_one_sentence_soon(faults, fault):
     """A process killed, stopped (and woken when the other has ended), failing alone or missing, and
     a port in use: all end within the timeout of 5 s and 5 s more, non-zero, without a traceback.
-    Red: parallel.py:told: `"gloo" in str(error)` -> `False`
-    Red: parallel.py:told: `type(error) is RuntimeError and ` -> ``
+    Red: stops.py:told: `"gloo" in str(error)` -> `False`
+    Red: stops.py:told: `type(error) is RuntimeError and ` -> ``
     Red: parallel.py:start: `except RuntimeError` -> `except KeyError`
     Red: parallel.py:start: `seconds=config.timeout` -> `seconds=4 * config.timeout`
-    Red: parallel.py:fail: `os._exit if size() > 1 else sys.exit` -> `print`
-    Red: parallel.py:fail: `f"rank {place}: train.py: {message}"` -> `f"train.py: {message}"`"""
+    Red: stops.py:fail: `os._exit if parallel.size() > 1 else sys.exit` -> `print`
+    Red: stops.py:fail: `f"rank {place}: train.py: {message}"` -> `f"train.py: {message}"`"""
     folder, ends = faults
     since = json.loads((folder / f"{fault}.json").read_text("utf-8"))  # when it happened
     for rank, (code, sentence) in enumerate(ENDS[fault]):
