@@ -163,7 +163,8 @@ def test_nothing_reads_pickles_or_runs_text_as_code(name):
 
 def test_every_mutation_that_a_test_names_can_be_applied():
     """Red: tests/red.py:mutate: `return ` -> `raise ValueError(scope) or `"""
-    for line in (x for part in ("", "peers") for named in red.tests(part).values() for x in named):
+    found = [red.tests(part) for part in ("", "peers", "properties")]
+    for line in (line for tests in found for named in tests.values() for line in named):
         name, scope, before, after = red.RED.fullmatch(line).groups()
         red.mutate((ROOT / name).read_text("utf-8"), scope, before, after)
 

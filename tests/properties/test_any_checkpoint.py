@@ -125,7 +125,7 @@ def test_a_folder_or_file_that_is_replaced_is_wholly_the_new_one(tmp_path_factor
                                  "tmp-step-4-1", "notes")), unique=True))
 def test_checkpoints_are_found_by_step_and_nothing_else_is_taken_for_one(tmp_path_factory, found):
     """step-10 stands behind step-9.
-    Red: checkpoint.py:steps: `int(p.name.removeprefix("step-"))` -> `p.name`"""
+    Red: checkpoint.py:number: `int(folder.name.removeprefix("step-"))` -> `folder.name`"""
     out = tmp_path_factory.getbasetemp() / "steps"
     shutil.rmtree(out, ignore_errors=True)
     for name in found:

@@ -118,7 +118,7 @@ def test_rows_that_were_written_are_read_back(tmp_path_factory, found, suffix, l
 def test_lines_by_offset_are_the_rows_of_any_file(tmp_path_factory, content, chunk):
     """The same rows, the same places and the same words of refusal.
     Red: lines.py:Lines.scan: `last + chunk` -> `b" " + chunk`
-    Red: lines.py:Lines.__getitem__: `[(n + 1, self` -> `[(n, self`"""
+    Red: lines.py:Lines.at: `return n + 1, ` -> `return n, `"""
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:

@@ -122,16 +122,16 @@ def test_a_mismatched_row_has_its_own_prompt_and_anothers_answer(found):
 @given(encoded(), encoded())
 def test_two_rows_share_a_key_just_if_their_ids_and_boundary_are_the_same(one, two):
     """The store of reference log-probs never takes one row for another.
-    Red: reference.py:key: `(row.prompt_len, row.ids)` -> `(row.prompt_len, len(row.ids))`"""
+    Red: reference.py:keys: `(row.prompt_len, row.ids)` -> `(row.prompt_len, len(row.ids))`"""
     same = (one.ids, one.prompt_len) == (two.ids, two.prompt_len)
-    assert (reference.key(one) == reference.key(two)) == same
+    assert (reference.keys([one]) == reference.keys([two])) == same
 
 
 @given(encoded(), st.integers(1, 8))
 def test_moving_the_boundary_changes_the_key(row, place):
-    """Red: reference.py:key: `(row.prompt_len, row.ids)` -> `row.ids`"""
+    """Red: reference.py:keys: `(row.prompt_len, row.ids)` -> `row.ids`"""
     assume(place != row.prompt_len)
-    assert reference.key(row) != reference.key(tokens.replace(row, prompt_len=place))
+    assert reference.keys([row]) != reference.keys([tokens.replace(row, prompt_len=place)])
 
 
 hexes = st.binary(min_size=16, max_size=16).map(bytes.hex)
