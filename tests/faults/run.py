@@ -12,6 +12,7 @@ import json
 import os
 import re
 import resource
+import signal
 import shlex
 import shutil
 import sys
@@ -83,6 +84,7 @@ def files(place: Path) -> dict[str, tuple]:
 def child(case, place: Path, main, out: Path) -> int:
     """Makes the mistake and runs the program; out/result.json says how long and what it wrote."""
     os.chdir(place)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     for number, path, mode in ((0, os.devnull, os.O_RDONLY), (1, out / "stdout", os.O_RDWR),
                                (2, out / "stderr", os.O_RDWR)):
         handle = os.open(path, mode | os.O_CREAT)
