@@ -191,8 +191,8 @@ def adapted(config: Config, folder: Path) -> tuple[model.Transformer, torch.opti
 
 def train(config: Config) -> Path:
     """A whole run; returns its folder.   ValueError for whatever a user can set right."""
-    config = replace(config, device=parallel.start(config))
     check_device(config.device)
+    config = replace(config, device=parallel.start(config))
     folder, out = model.resolve(config.model), run_folder(config)
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"--out {out} lies in the model folder {folder}: choose another --out")
