@@ -264,7 +264,7 @@ def test_a_run_never_overwrites_another(tmp_path, monkeypatch):
     assert str(train.run_folder(settings())) == "runs/0008"
     assert train.run_folder(settings(out=str(folder), resume=True)) == folder
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun/lock").touch()
+    (tmp_path / "begun/lock").touch(0o755)
     assert train.run_folder(settings(out="begun")) == Path("begun")
     for wrong, message in (({"out": str(folder)}, "0007 holds a run already"),
                            ({"out": "begun", "resume": True}, "begun: it holds no run"),
