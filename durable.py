@@ -101,7 +101,8 @@ def folder(final: Path, manifest: bool = False) -> Iterator[Path]:
 
 
 def exchange(part: Path, final: Path) -> None:
-    """Renames `part` to `final`, whose old content goes only when that has worked."""
+    """Renames `part` to `final`; old content goes only then. For an instant neither is there: this
+    replaces only what can be made again (an adapter, a damaged checkpoint)."""
     old = remove(final, keep=True) if final.is_dir() else None
     try:
         os.rename(part, final)

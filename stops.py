@@ -82,7 +82,7 @@ def fail(message: str, code: int) -> None:
     place = os.environ.get("RANK", "0")
     if message:
         time.sleep(2 * (place != "0"))  # till then torchrun ends who says the same as the first
-        told = f"rank {place}: train.py: {message}".removeprefix("rank 0: ")
+        line = f"rank {place}: train.py: {message}".removeprefix("rank 0: ")
         with contextlib.suppress(OSError):  # the code says it as well
-            print(strict.clean(told), file=sys.stderr, flush=True)
+            print(strict.clean(line), file=sys.stderr, flush=True)
     (os._exit if parallel.size() > 1 else sys.exit)(code)  # _exit waits for no one that is dead
