@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import durable
+import heads
 import lora
 import peft_folder
 import records
@@ -173,7 +174,7 @@ def restore(net: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> N
     weights = {n: p for n, p in net.named_parameters() if p.requires_grad}
     moments = load_file(folder / "optimizer.safetensors")
     saved = {f"{layer}.lora_{half}": tensor for layer, pair in peft_folder.read(folder)[1].items()
-             for half, tensor in zip("AB", pair, strict=False)}
+             for half, tensor in zip("AB", pair, strict=False)} | heads.read(folder)
     wanted = {n: p.shape for n, p in weights.items()} | {
         f"{n}/{part}": torch.Size([]) if part == "step" else p.shape
         for n, p in weights.items() for part in ("step", "exp_avg", "exp_avg_sq")}

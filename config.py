@@ -48,6 +48,27 @@ class Config:
     undesirable_weight: float = flag(1.0, "kto: weight of bad rows")
     orpo_weight: float = flag(0.1, "orpo: weight of the odds ratio")
     simpo_gamma: float = flag(0.5, "simpo: margin")
+    center_rewards: float = flag(0.0, "reward_model: weight of (score chosen + rejected)^2")
+    reward: str = flag("", "rollouts: exact, a reward model's folder, or MODULE:FUNCTION")
+    group: int = flag(8, "rollouts: responses to each prompt; a batch is --batch_size prompts")
+    response_tokens: int = flag(64, "rollouts: longest response")
+    temperature: float = flag(1.0, "rollouts: of the sampling, and of every log-prob in the loss")
+    updates: int = flag(1, "rollouts: optimizer updates a step, on the same responses")
+    clip: float = flag(0.2, "rollouts: how far a probability ratio may leave 1")
+    anchor: str = flag("ref", "una_online: r_theta is measured from %(choices)s")
+    una_target: str = flag("score", "una_online: %(choices)s; sigmoid(r_theta) or r_theta to r")
+    grpo_scale: str = flag("group", "grpo: std below the advantage, of %(choices)s")
+    grpo_length: str = flag("row", "grpo: below a row's sum over tokens, %(choices)s")
+    ppo_gamma: float = flag(1.0, "ppo: discount per token")
+    ppo_lam: float = flag(0.95, "ppo: lambda of GAE")
+    ppo_value_weight: float = flag(0.1, "ppo: weight of the value loss")
+    hint_low: float = flag(0.05, "uft_hint: share of a solution that is given, at the end")
+    hint_high: float = flag(0.95, "uft_hint: the same at the start")
+    hint_steps: int = flag(300, "uft_hint: steps until no hint is given any more")
+    hint_parts: int = flag(5, "uft_hint: parts of a solution, a binomial number of them given")
+    hint_weight: float = flag(0.001, "uft_hint: weight of the log-likelihood of a hint")
+    discriminator_weight: float = flag(0.1, "uniapl: weight of the discriminator in the reward")
+    sft_weight: float = flag(0.1, "uniapl: weight of a demonstration's log-likelihood")
     dtype: str = flag("float32", "of the frozen weights: %(choices)s")
     device: str = flag("cpu", "cpu, cuda or mps")
     gradient_checkpointing: bool = flag(False, "less memory, one more forward pass")
@@ -63,18 +84,22 @@ class Config:
     def __post_init__(self) -> None:
         """ValueError names the flag."""
         check(self, (
-            ("something", bool, "model data"), ("0 to 1", lambda x: 0 <= x <= 1, "warmup"),
+            ("something", bool, "model data"),
+            ("0 to 1", lambda x: 0 <= x <= 1, "warmup ppo_gamma ppo_lam hint_low hint_high"),
             ("0 to below 1", lambda x: 0 <= x < 1, "lora_dropout"),
             ("0 to below 1/2", lambda x: 0 <= x < 0.5, "label_smoothing"),
             ("2 or more", lambda x: x > 1, "max_length keep"),
-            ("1 to 65536", lambda x: 0 < x <= 2**16, "batch_size lora_r"),
+            ("1 to 65536", lambda x: 0 < x <= 2**16,
+             "batch_size lora_r response_tokens updates hint_parts group"),
             ("a number above 0, up to 10^9", lambda x: 0 < x <= 1e9,
              "epochs micro_batch_tokens timeout"),
             ("a number above 0, up to 10^30", lambda x: 0 < x <= 1e30,
-             "beta lora_alpha max_grad_norm lr"),
-            ("0 to 10^9", lambda x: 0 <= x <= 1e9, "steps held_out sample_tokens save_every seed"),
+             "beta lora_alpha max_grad_norm lr temperature clip"),
+            ("0 to 10^9", lambda x: 0 <= x <= 1e9,
+             "steps held_out sample_tokens save_every seed hint_steps"),
             ("0 or more, up to 10^30", lambda x: 0 <= x <= 1e30,
-             "weight_decay desirable_weight undesirable_weight orpo_weight simpo_gamma"),
+             "weight_decay desirable_weight undesirable_weight orpo_weight simpo_gamma "
+             "center_rewards ppo_value_weight hint_weight discriminator_weight sft_weight"),
             ("two numbers LOW,HIGH with LOW < HIGH", is_range, "score_range")))
 
 

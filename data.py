@@ -29,8 +29,9 @@ class Example:
     prompt: Messages
     response: str
     reward: float  # explicit feedback in [0, 1]
-    kind: str  # "sft", "chosen", "rejected" or "scored"
+    kind: str  # "sft", "chosen", "rejected" or "scored"; "prompt": to be answered by sampling
     where: str  # file:line, for messages
+    answer: str = ""  # what sampled responses are compared with, if that is not the response
 
 
 Unit = tuple  # the one row, or the two rows, that one loss term reads: Examples or Encoded ones
@@ -124,6 +125,11 @@ def read_demonstration(row: dict, where: str) -> list[Example]:
     return response(row, where, 1.0, "sft")
 
 
+def read_asked(row: dict, where: str) -> list[Example]:
+    """A prompt without a response: for losses that sample their own."""
+    return [Example(read_prompt(row), "", 1.0, "prompt", where)]
+
+
 def read_messages(row: dict, where: str) -> list[Example]:
     """One demonstration per assistant turn, all turns before it being the prompt.   UFT 3.1"""
     said = read_prompt({k: v for k, v in row.items() if k != "prompt"})
@@ -203,7 +209,9 @@ FORMATS: tuple[tuple[set[str], Callable[[dict, str], list[Example]], str], ...] 
     ({"messages"}, read_messages, "conversations"),
     ({"data"}, read_ultrachat, "UltraChat conversations"),
     ({"prompt", "response"}, read_demonstration, "demonstrations"),
+    ({"prompt"}, read_asked, "prompts"),
 )
+ASKED = {"prompt", "system", "history", "input"}  # with another column a response may be misspelt
 
 
 def parse(row: dict, where: str, score_range: tuple[float, float]) -> tuple[str, list[Example]]:
@@ -217,14 +225,15 @@ def parse(row: dict, where: str, score_range: tuple[float, float]) -> tuple[str,
         if named.setdefault(ALIASES.get(column, column), value) != value:
             raise ValueError(f"two columns for one thing among {show(sorted(row))}: rename or "
                              "remove one")
-    if row.keys() >= {"question", "answer"}:  # GSM8K
-        named["response"] = row["answer"]
+    answer = str(row.get("answer", "")) if type(row.get("answer")) in (str, int, float) else ""
+    if "answer" in row and "prompt" in named and not named.keys() & {"response", "chosen", "label"}:
+        named["response"] = answer or row["answer"]  # GSM8K's question and answer
     for columns, reader, name in FORMATS:
-        if columns <= named.keys():
+        if columns <= named.keys() and (reader is not read_asked or named.keys() <= ASKED):
             doubts.check_unread(named.keys(), columns, name)
             if reader is read_score:
                 named["score"] = scaled(row["score"], "score", *score_range)
-            return name, reader(named, where)
+            return name, [replace(e, answer=answer) for e in reader(named, where)]
     known = "; ".join("+".join(sorted(columns)) for columns, _, _ in FORMATS)
     raise ValueError(f"cannot tell the format from the columns {sorted(row)[:9]}. Known: {known}")
 
@@ -276,15 +285,19 @@ def units(examples: Sequence, reads: str) -> tuple[list[Unit], Counter]:
 
     reads "groups": see `grouped`; "rows": every row; "demonstrations": sft and chosen rows;
     "labels": every row, its reward made 0 or 1 (a score is cut at 1/2); "pairs": the chosen row
-    first, or the better of two scores. Pairs and labels leave out ties, which prefer nothing.
+    first, or the better of two scores; "prompts": a row of each group, for its prompt. Pairs and
+    labels leave out ties, which prefer nothing.
     """
     out, left = [], Counter()
     labels = {"sft": 1.0, "chosen": 1.0, "rejected": 0.0}
     for group in grouped(examples):
         tie = len(group) == 2 and group[0].reward == group[1].reward
         scored = group[0].kind == "scored"
-        if reads == "groups":
-            out.append(group)
+        if reads == "prompts":
+            out.append(group[:1])
+            left["a second answer to its prompt"] += len(group) - 1
+        elif group[0].kind == "prompt":
+            left["a prompt without a response"] += 1
         elif reads == "rows":
             out += [(e,) for e in group]
         elif reads == "demonstrations":

@@ -27,7 +27,7 @@ def usable(made: list) -> list:
     """The examples of a row.   Skip where a loss or a chat template could not read them."""
     if not made:
         raise Skip("no assistant turn")
-    if not all(e.prompt and e.response.strip() for e in made):
+    if not all(e.prompt and (e.response.strip() or e.kind == "prompt") for e in made):
         raise Skip("empty prompt or response")
     if any(e.response.strip() == "DUMMY_ANSWER" for e in made):  # as UNA's authors write it
         raise Skip("DUMMY_ANSWER stands for no answer")

@@ -1,4 +1,4 @@
-"""Measuring: policy and reference on a batch, held-out numbers, and the evaluation command.
+"""Measuring: numbers of a batch, of held-out rows, and the evaluation command.
 
 Letters: B rows, T tokens.
     python evaluate.py --model DIR [--adapter DIR] --data FILE [--data FILE]
@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,32 +16,10 @@ import lora
 import losses
 import model
 import questions
+import scoring
 import tokens
 from command import Parser, check, low_high, number, stop, whole
 from config import check_device, is_range
-
-
-class Scores(NamedTuple):
-    """What a forward pass says of a batch; ref_logps is None where no reference was asked for."""
-
-    logps: Tensor  # (B,) sums over response tokens, float32
-    ref_logps: Tensor | None  # (B,) the same with the adapters off, no gradient
-    token_logps: Tensor  # (B, T), zero outside the mask
-    mask: Tensor  # (B, T)
-
-
-def score(
-    net: model.Transformer, batch: tokens.Batch, reference: bool, checkpointing: bool = False
-) -> Scores:
-    """log pi_theta(y|x) of every row and, adapters off, log pi_ref(y|x), unless it is known."""
-    ref_logps = batch.ref_logps if reference else None
-    if reference and ref_logps is None:
-        with torch.no_grad(), lora.disabled(net):
-            ref_logps = net.response_logps(batch.ids, batch.response_mask)[0].sum(-1)
-    token_logps, mask = net.response_logps(batch.ids, batch.response_mask, checkpointing)
-    if ref_logps is not None:
-        ref_logps = ref_logps.to(token_logps.device, token_logps.dtype, non_blocking=True)
-    return Scores(token_logps.sum(-1), ref_logps, token_logps, mask)
 
 
 def measure(
@@ -60,12 +37,19 @@ def measure(
     out["target/mean"] = rewards.mean().item()
     if ref_logps is None:
         return out
-    u = losses.implicit_reward(logps, ref_logps, beta)
-    for name, x in (("rewards", u), ("dlogp", logps - ref_logps)):
-        out |= {f"{name}/{k}": x[rows].mean().item() for k, rows in of.items()}
-    out["rewards/mean"] = u.mean().item()
-    if feedback := [i for i, kind in enumerate(kinds) if kind != "sft"]:
+    out |= {f"dlogp/{k}": (logps - ref_logps)[rows].mean().item() for k, rows in of.items()}
+    if feedback := [i for i, kind in enumerate(kinds) if kind not in ("sft", "sampled")]:
         out["score_mse"] = losses.uft(logps, ref_logps, rewards, beta)[feedback].mean().item()
+    u = losses.implicit_reward(logps, ref_logps, beta)
+    return out | measure_rewards(u, rewards, kinds, pairs)
+
+
+def measure_rewards(u: Tensor, rewards: Tensor, kinds: Sequence[str],
+                    pairs: Sequence[int]) -> dict[str, float]:
+    """The part of `measure` that asks for implicit rewards, or a reward model's scores, alone."""
+    of = {k: torch.tensor([kind == k for kind in kinds]) for k in sorted(set(kinds))}
+    out = {f"rewards/{k}": u[rows].mean().item() for k, rows in of.items()}
+    out["rewards/mean"] = u.mean().item()
     first = torch.tensor([i for i in pairs if rewards[i] != rewards[i + 1]], dtype=torch.long)
     if len(first):
         margins = (u[first] - u[first + 1]) * (rewards[first] - rewards[first + 1]).sign()
@@ -95,18 +79,23 @@ def held_out(
     """`measure` over all rows, with uft_loss (Eq. 7), nll_per_token and two constant baselines.
 
     score_mse/mean is what the best constant would score on these rows, score_mse/half what 1/2
-    would: a policy above the first has learned less than the mean.
+    would: a policy above the first has learned less than the mean. A reward model is measured by
+    `measure_rewards`.
     """
-    training = net.training
+    training, rows = net.training, [e for unit in units for e in unit]
     net.eval()
     batches = (tokens.collate([e for u in group for e in u])
                for group in tokens.micro_batches(units, budget))
-    parts = [score(net, batch, reference=True)[:2] for batch in batches]
+    judged = hasattr(net, "score")
+    parts = [[scoring.judge(net, batch)] if judged else scoring.score(net, batch, reference=True)[:2]
+             for batch in batches]
     net.train(training)
-    logps, ref_logps = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
-    check_finite(logps + ref_logps, [e for unit in units for e in unit])
-    rows = [e for unit in units for e in unit]
+    logps, *others = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+    check_finite(sum(others, logps), rows)
     rewards, kinds = torch.tensor([e.reward for e in rows]), [e.kind for e in rows]
+    if judged:
+        return measure_rewards(logps, rewards, kinds, pair_starts(units))
+    ref_logps, = others
     out = measure(logps, ref_logps, rewards, kinds, pair_starts(units), beta)
     demo = torch.tensor([k in ("sft", "chosen") for k in kinds])
     count = torch.tensor([len(e.ids) - e.prompt_len for e in rows])

@@ -8,6 +8,8 @@ import evaluate
 import generate
 import model
 import questions
+import rewards
+import rollouts
 import strict
 import tokens
 from config import Config
@@ -19,9 +21,8 @@ class Exam(NamedTuple):
     held: Sequence[Sequence[tokens.Encoded]]  # held-out units
     tests: dict[str, list[questions.Question]]  # by name
     prompts: Sequence[tuple]  # to show answers to, where no test has patterns
-    max_new_tokens: int
-    beta: float
-    budget: int
+    reward: rewards.Reward | None  # what sampled responses earn, if the run samples
+    config: Config
 
 
 def read_tests(config: Config) -> dict[str, list[questions.Question]]:
@@ -50,15 +51,17 @@ def examine(net: model.Transformer, chat: tokens.Chat, exam: Exam) -> dict:
     (prompt, answer, right), of questions with patterns, taken from the tests in turn, if any."""
     scores, answered = {}, []
     for name, asked in exam.tests.items():
-        found, texts = questions.ask(net, chat, asked, exam.max_new_tokens)
+        found, texts = questions.ask(net, chat, asked, exam.config.sample_tokens)
         scores |= {f"{name} {metric}": values for metric, values in found.items()}
         answered.append([(q.prompt, text, right > 0) for q, text, right in zip(
             asked, texts, found["correct"], strict=True)] if texts else [])
     shown = [s for turn in itertools.zip_longest(*answered) for s in turn if s][:3]
     if not shown:
-        texts = generate.complete(net, chat, exam.prompts, exam.max_new_tokens)
+        texts = generate.complete(net, chat, exam.prompts, exam.config.sample_tokens)
         shown = [(prompt, text, None) for prompt, text in zip(exam.prompts, texts, strict=True)]
-    held = evaluate.held_out(net, exam.held, exam.beta, exam.budget) if exam.held else {}
+    held = rollouts.held_out(net, chat, exam.held, exam.reward, exam.config) if (
+        exam.held and exam.reward) else evaluate.held_out(
+            net, exam.held, exam.config.beta, exam.config.micro_batch_tokens) if exam.held else {}
     return {"held_out": held, "scores": scores, "shown": shown}
 
 

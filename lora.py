@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import backward
+import heads
 import merging
 import peft_config
 import peft_folder
@@ -102,17 +103,18 @@ def inject(model: nn.Module, r: int, alpha: float, targets: str | Sequence[str] 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is pi_ref: the frozen base, bit for bit."""
-    before = {layer: layer.enabled for layer in adapters(model).values()}
-    if any(layer.merged for layer in before):
+    """Inside the block the model is pi_ref: the frozen base, bit for bit; heads say 0."""
+    parts = [*adapters(model).values(), *heads.found(model).values()]
+    before = {part: part.enabled for part in parts}
+    if any(layer.merged for layer in adapters(model).values()):
         raise ValueError("a merged model holds no reference: call lora.unmerge first")
     try:
-        for layer in before:
-            layer.enabled = False
+        for part in parts:
+            part.enabled = False
         yield
     finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
+        for part, enabled in before.items():
+            part.enabled = enabled
 
 
 @torch.no_grad()
@@ -138,7 +140,7 @@ def remove(model: nn.Module) -> None:
 
 
 def save(model: nn.Module, folder: str | Path, base: str) -> None:
-    """Writes PEFT's adapter folder; `base` is recorded as base_model_name_or_path.
+    """Writes PEFT's adapter folder, and heads.py's file if there are heads; `base` is recorded as base_model_name_or_path.
 
     The scale is written as lora_alpha = scale * R with use_rslora false, which every reader
     understands; layers unlike the first are listed in rank_pattern and alpha_pattern.
@@ -163,6 +165,7 @@ def save(model: nn.Module, folder: str | Path, base: str) -> None:
     rows = {n: layer.row for n, layer in layers.items()}
     save_file(halves, folder / "adapter_model.safetensors", metadata={
         "format": "pt", "base": peft_folder.fingerprint(rows)})
+    heads.save(model, folder)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
@@ -191,6 +194,7 @@ def load(model: nn.Module, folder: str | Path) -> None:
         layer = attach(model, name, len(a), scale, config["lora_dropout"])
         layer.lora_A.data.copy_(a)
         layer.lora_B.data.copy_(b)
+    heads.load(model, Path(folder))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -59,6 +59,15 @@ def uft(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tenso
     return (torch.sigmoid(implicit_reward(logps, ref_logps, beta)) - rewards).square()
 
 
+def una_reward(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """(r_theta - r)^2 with r any real number, nothing squashed, (B,).   UNA 2.3, g = MSE, f = c = 0
+
+    dL/dlogps = 2 beta (u - r). On the policy's own samples its mean gradient is -2 beta grad J, J
+    being RLHF's objective (UFT Eq. 3); on others' it is at rest at pi* only where Z(x) = 1.
+    """
+    return (implicit_reward(logps, ref_logps, beta) - rewards).square()
+
+
 def uft_bce(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """-r log s - (1 - r) log(1 - s), soft labels, shape (B,).   UNA Eq. 12 when r is 0 or 1
 

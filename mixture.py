@@ -56,7 +56,8 @@ def load_data(config: Config, chat: tokens.Chat, reads: str) -> tuple:
             f"nothing is left to train on with --loss {config.loss}. {'. '.join(told)}. Dropped: "
             f"{len(dropped)} rows{such}. Raise --max_length, give --truncate_prompt true, lower "
             f"--held_out, raise FILE:WEIGHT, or choose data that {config.loss} can read")
-    test = data.grouped([e for f in found for e in f[0] if e.prompt in held])
+    test = data.grouped([e for f in found for e in f[0] if e.prompt in held
+                         and (e.kind != "prompt" or reads == "prompts")])
     return files, [w for _, w in specs], test, told, dropped, size
 
 

@@ -205,22 +205,58 @@ class Transformer(nn.Module):
         logits = F.linear(hidden, self.model.embed_tokens.weight) if tied else self.lm_head(hidden)
         return logits.to(torch.promote_types(hidden.dtype, torch.float32))
 
-    def response_logps(self, ids_BT: Tensor, response_mask_BT: Tensor,
-                       checkpointing: bool = False) -> tuple[Tensor, Tensor]:
-        """log pi(y_t | x, y_<t) of every response token: (token_logps, mask), both (B, T).
+    def states(self, ids_BT: Tensor, mask_BT: Tensor, checkpointing: bool) -> tuple[Tensor, Packed]:
+        """Hidden states (S, D) that predict the S tokens of the mask, and where those stand.
 
-        Zero outside the mask, float32 at least. Only what a response needs is run (packing.py),
-        and the head on the positions before response tokens only, a tile at a time.
+        Only what they need is run (packing.py).
         """
+        packed = pack(ids_BT, mask_BT, self.model.embed_tokens.weight.device)
+        return self.packed(packed, checkpointing)[packed.source], packed
+
+    def token_logps(self, hidden_SD: Tensor, target_S: Tensor, temperature: float) -> Tensor:
+        """log softmax(logits / temperature) of the targets, (S,): the head runs a tile at a time."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        packed = pack(ids_BT, response_mask_BT, head.weight.device)
-        mask_BT = send(response_mask_BT, head.weight.device)
-        hidden_SD, weight_VD = self.packed(packed, checkpointing)[packed.source], head.weight
+        hidden_SD = hidden_SD if temperature == 1 else hidden_SD / temperature  # logits are linear
+        weight_VD = head.weight
         if hasattr(head, "widened"):  # it is adapted
             hidden_SD, weight_VD = head.widened(hidden_SD)
-        logps_S = backward.TargetLogps.apply(hidden_SD, weight_VD, packed.target)
-        token_logps = logps_S.new_zeros(ids_BT.numel()).index_put((packed.place,), logps_S)
-        return token_logps.view(ids_BT.shape), mask_BT
+        return backward.TargetLogps.apply(hidden_SD, weight_VD, target_S)
+
+    def response_logps(
+        self, ids_BT: Tensor, response_mask_BT: Tensor, checkpointing: bool = False,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """log pi(y_t | x, y_<t) of every response token: (token_logps, mask), both (B, T).
+
+        Zero outside the mask, float32 at least; pi is the softmax of logits / temperature.
+        """
+        hidden_SD, packed = self.states(ids_BT, response_mask_BT, checkpointing)
+        logps_S = self.token_logps(hidden_SD, packed.target, temperature)
+        return spread(logps_S, packed, ids_BT.shape), send(response_mask_BT, hidden_SD.device)
+
+    def response_values(
+        self, ids_BT: Tensor, response_mask_BT: Tensor, checkpointing: bool = False,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(token_logps, values, mask), all (B, T): `response_logps`, and what the head `value` says
+        before each response token, of (x, y_<t)."""
+        hidden_SD, packed = self.states(ids_BT, response_mask_BT, checkpointing)
+        parts = self.token_logps(hidden_SD, packed.target, temperature), self.value(hidden_SD)
+        return (*(spread(x, packed, ids_BT.shape) for x in parts),
+                send(response_mask_BT, hidden_SD.device))
+
+    def end_states(self, ids_BT: Tensor, response_mask_BT: Tensor,
+                   checkpointing: bool = False) -> Tensor:
+        """The hidden state (B, D) of every row's last response token, which sees all of the row."""
+        mask_BT, ids_BT = response_mask_BT.cpu(), F.pad(ids_BT, (0, 1))
+        last_B = mask_BT.shape[1] - 1 - mask_BT.flip(1).int().argmax(1)
+        behind_BT = F.one_hot(last_B + 1, mask_BT.shape[1] + 1).bool()  # what it would predict
+        return self.states(ids_BT, behind_BT, checkpointing)[0]
+
+
+def spread(x_S: Tensor, packed: Packed, shape: torch.Size) -> Tensor:
+    """One number per scored token at its place in (B, T), zero elsewhere."""
+    return x_S.new_zeros(shape.numel()).index_put((packed.place,), x_S).view(shape)
 
 
 def resolve(name: str) -> Path:

@@ -19,6 +19,8 @@ import model
 import tokens
 from config import Config
 
+ROOT = ("response_logps", "response_values", "end_states", "extend", "logits")  # that run it all
+
 
 def size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -71,7 +73,7 @@ def shard(net: model.Transformer, device: str) -> None:
     mesh = dist.init_device_mesh(device.split(":")[0], (size(),))
     for part in (*net.model.layers, net):
         fsdp.fully_shard(part, mesh=mesh, ignored_params=trained)
-        for name in ("response_logps", "extend", "logits") if part is net else ("packed",):
+        for name in ROOT if part is net else ("packed",):
             fsdp.register_fsdp_forward_method(part, name)
 
 

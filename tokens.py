@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,20 @@ class Skip(Exception):
     """A row that does not fit, with the reason: dropped, counted and listed."""
 
 
+class Sampled(NamedTuple):
+    """What sampling leaves with a response: one number per token; (B, T) in a Batch, zero outside.
+
+    See policy_gradients.py.
+    """
+
+    old_logps: Sequence[float] | Tensor
+    ref_logps: Sequence[float] | Tensor
+    advantages: Sequence[float] | Tensor
+    values: Sequence[float] | Tensor
+    returns: Sequence[float] | Tensor
+    given: Sequence[float] | Tensor  # 1 where the token was a hint, not drawn
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of prompt and response; ids[prompt_len:] is scored, its end token included."""
@@ -38,6 +53,8 @@ class Encoded:
     where: str
     prompt: tuple  # the messages: rows of one prompt are held out, paired or mismatched by it
     ref_logps: float | None = None  # log pi_ref of the response, where it is known already
+    answer: str = ""  # what a reward may compare a sampled response with
+    sampled: Sampled | None = None  # of a response that was sampled for this step
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,7 @@ class Batch:
     rewards: Tensor  # (B,) float32
     kinds: tuple[str, ...]  # B of "sft", "chosen", "rejected", "scored"
     ref_logps: Tensor | None  # (B,) float64
+    sampled: Sampled | None = None  # (B, T) each, where a row was sampled
 
 
 def special(config: dict, name: str, where: Path) -> str:
@@ -185,7 +203,7 @@ def encode(example, chat: Chat, max_length: int, truncate_prompt: bool = False) 
             raise Skip(f"{len(prompt)} + {len(answer)} tokens, more than {max_length}")
         prompt = keep + prompt[len(prompt) - room:]
     return Encoded(prompt + answer, len(prompt), example.reward, example.kind, example.where,
-                   example.prompt)
+                   example.prompt, answer=example.answer or example.response)
 
 
 def encode_all(
@@ -237,4 +255,14 @@ def collate(rows: Sequence[Encoded]) -> Batch:
     mask = (start <= position) & (position < end)
     rewards, known = torch.tensor([e.reward for e in rows]), [e.ref_logps for e in rows]
     return Batch(ids, mask, rewards.float(), tuple(e.kind for e in rows),
-                 None if None in known else torch.tensor(known, dtype=torch.float64))
+                 None if None in known else torch.tensor(known, dtype=torch.float64),
+                 collate_sampled(rows, mask) if any(e.sampled for e in rows) else None)
+
+
+def collate_sampled(rows: Sequence[Encoded], mask_BT: Tensor) -> Sampled:
+    """The numbers per token at the tokens' places, (B, T) each; rows not sampled are all zeros."""
+    out = [torch.zeros(mask_BT.shape) for _ in Sampled._fields]
+    for i, row in enumerate(rows):
+        for table, numbers in zip(out, row.sampled or (), strict=False):
+            table[i, mask_BT[i]] = torch.as_tensor(numbers)
+    return Sampled(*out)

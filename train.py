@@ -1,8 +1,6 @@
-"""Measure, then update: configuration, one optimizer step, the loop, the command line.
+"""A run: from the command line to files, model and loop, and to what the run leaves.
 
-Every loss is one line of objectives.py and every step is the same: policy and reference on
-micro-batches, the loss per term, one division by the step's own number of terms, backward, clip,
-AdamW.
+update.py is one step of the loop, objectives.py what it minimises.
 
     python train.py                                                    the demo, DEMO below
     python train.py --model DIR --data FILE --loss uft --template alpaca --max_length 512
@@ -20,25 +18,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import checkpoint
 import durable
-import evaluate
 import exam
+import heads
 import lora
-import losses
 import mixture
 import model
 import page
 import parallel
 import reference
 import report
+import rewards
+import rollouts
 import stops
 import tokens
 from config import Config, check_device, parse_flags
-from objectives import LOSSES, Terms
+from objectives import CHOICES, LOSSES
+from update import self_check, train_step
 
 DEMO = ("--model lab/base --data lab/data/demonstrations.jsonl --data lab/data/feedback.jsonl "
         "--test lab/data/instructions.jsonl --test lab/data/truth.jsonl "
@@ -52,96 +50,6 @@ def learning_rate(step: int, steps: int, config: Config) -> float:
     if step < ramp:
         return config.lr * (step + 1) / ramp
     return config.lr * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) / 2
-
-
-def reference_point(net: model.Transformer, units: list, config: Config) -> tuple[Tensor, list]:
-    """KTO's z0 from mismatched rows of the whole step, no gradient; 0 for every other loss.
-
-    Also the units: z0's reference pass is theirs as well, and runs each prompt once.
-    """
-    rows = [e for unit in units for e in unit]
-    others = tokens.mismatch(rows) if config.loss == "kto" else []
-    if not others:
-        return torch.zeros((), device=next(net.parameters()).device), units
-    filled = reference.fill(net, list(zip(rows, others, strict=True)), {},
-                            config.micro_batch_tokens)
-    groups = tokens.micro_batches([[other] for _, other in filled], config.micro_batch_tokens)
-    with torch.no_grad():
-        found = [evaluate.score(net, tokens.collate([e for e, in group]), reference=True)
-                 for group in groups]
-    logps, ref_logps = (torch.cat([f[i] for f in found]) for i in (0, 1))
-    return losses.kto_z0(logps, ref_logps), [(row,) for row, _ in filled]
-
-
-def train_step(
-    net: model.Transformer, optimizer: torch.optim.Optimizer, units: list, config: Config,
-    rate: float,
-) -> dict[str, float]:
-    """One update of the adapters on `units`, and its metrics.
-
-    The gradient is that of sum(loss of every unit) / len(units), however the units are cut into
-    micro-batches. FloatingPointError before the update if loss or gradient is not finite.
-    """
-    objective, device = LOSSES[config.loss], next(net.parameters()).device
-    z0, units = reference_point(net, units, config)
-    rows = [e for unit in units for e in unit]
-    tokens_per_row = sum(len(e.ids) - e.prompt_len for e in rows) / len(rows)
-    found, (groups, own, before) = [], parallel.turns(units, config.micro_batch_tokens)
-    for number, group in enumerate(groups):
-        batch = tokens.collate([e for unit in group for e in unit])
-        scores = evaluate.score(net, batch, objective.reference, config.gradient_checkpointing)
-        rewards = batch.rewards.to(device, non_blocking=True)
-        each = objective.loss(Terms(*scores, rewards, batch.kinds, z0, tokens_per_row, config))
-        (each.sum() * float(number < own) / len(units)).backward()
-        each = F.pad(each, (0, len(rewards) - len(each)))  # pairs have half as many as rows
-        found.append(torch.stack([x for x in (each, *scores[:2]) if x is not None]).detach())
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    if lost := [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]:
-        raise FloatingPointError(f"{len(lost)} adapter tensors get no gradient, first {lost[0]}")
-    parallel.sum_gradients(trained)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-    each, logps, *refs = parallel.together(torch.cat(found[:own], 1), before, len(rows))
-    loss = each.sum().item() / len(units)  # only kto has waited for the device till now
-    if not math.isfinite(loss) or not norm.isfinite():
-        grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
-        bad = [n for n, g in grads.items() if not g.isfinite().all()]
-        if not bad and not norm.isfinite():  # finite numbers, whose squares are not
-            bad = [max(grads, key=lambda n: grads[n].abs().max().item())]
-        raise FloatingPointError(f"loss is {loss}, gradient norm {norm.item()}, first bad tensor "
-                                 f"{bad[0] if bad else 'none'}, rows {[e.where for e in rows]}")
-    torch.nn.utils.clip_grads_with_norm_(trained, config.max_grad_norm, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
-    rewards = torch.tensor([e.reward for e in rows])
-    return {"loss": loss, "grad_norm": norm.item(), "learning_rate": rate} | evaluate.measure(
-        logps.cpu(), refs[0].cpu() if refs else None, rewards, [e.kind for e in rows],
-        evaluate.pair_starts(units), config.beta)
-
-
-@torch.no_grad()
-def self_check(net: model.Transformer, units: list, config: Config) -> str:
-    """Before the first update the implicit reward is exactly 0 and the loss its closed form.
-
-    ValueError when not: then policy and reference differ for another reason than training.
-    """
-    objective, device = LOSSES[config.loss], next(net.parameters()).device
-    group = tokens.micro_batches(units, config.micro_batch_tokens)[-1]
-    batch = tokens.collate([e for unit in group for e in unit])
-    scores, rewards = evaluate.score(net, batch, reference=True), batch.rewards.to(device)
-    u = losses.implicit_reward(scores.logps, scores.ref_logps, config.beta).abs().max().item()
-    z0, tokens_per_row = torch.zeros((), device=device), scores.mask.sum(-1).float().mean().item()
-    terms = Terms(*scores, rewards, batch.kinds, z0, tokens_per_row, config)
-    loss = objective.loss(terms).mean().item()
-    said, wrong = f"implicit reward at step 0: {u:g} (expected 0)   loss {loss:.6f}", u != 0
-    if objective.start:
-        expected = torch.as_tensor(objective.start(rewards, config)).float().mean().item()
-        said += f" (expected {expected:.6f})"
-        wrong |= abs(loss - expected) > 1e-5 * max(1, abs(expected))
-    if wrong:
-        raise ValueError(f"self-check failed: {said}. Policy and reference differ before training")
-    return said + "   ok"
 
 
 def run_folder(config: Config) -> Path:
@@ -183,15 +91,33 @@ def adapted(config: Config, folder: Path) -> tuple[model.Transformer, torch.opti
     for name, layer in lora.adapters(net).items():
         if config.lora_r > (most := min(layer.weight.shape)):
             raise ValueError(f"--lora_r {config.lora_r} is more than {name} can use: {most}")
+    if LOSSES[config.loss].head:
+        heads.attach(net, LOSSES[config.loss].head)
     if several:
         parallel.shard(net, config.device)
     return net, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad],
                                   lr=config.lr, weight_decay=config.weight_decay)
 
 
+def check_online(config: Config) -> None:
+    """ValueError where a loss that samples has no reward, or another one has."""
+    online, name = LOSSES[config.loss].online, config.loss
+    if online != bool(config.reward):
+        raise ValueError(f"--loss {name} " + (
+            "samples responses: say with --reward what they earn" if online else
+            "samples nothing, so there is nothing to --reward: remove the flag"))
+    if config.group < 2 and name in ("rloo", "grpo", "uft_hint", "uniapl"):
+        raise ValueError(f"--loss {name} compares responses to one prompt: found --group "
+                         f"{config.group}, expected 2 or more")
+    if online and config.reference_cache:
+        raise ValueError("--reference_cache keeps log-probs of rows that come again, and --loss "
+                         f"{name} samples new ones: remove the flag")
+
+
 def train(config: Config) -> Path:
     """A whole run; returns its folder.   ValueError for whatever a user can set right."""
     check_device(config.device)
+    check_online(config)
     config = replace(config, device=parallel.start(config))
     folder, out = model.resolve(config.model), run_folder(config)
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
@@ -204,18 +130,19 @@ def train(config: Config) -> Path:
     parallel.agree({"files": repr(inputs), "arguments": repr(same), "torch": torch.__version__},
                    config.device)
     kept = LOSSES[config.loss].reference and reference.store(config, folder)
+    reward = rewards.load(config) if config.reward else None
     net, optimizer = adapted(config, folder)
     with checkpoint.locked(out) if not parallel.rank() else contextlib.nullcontext():
         if not parallel.rank():
             run_folder(replace(config, out=str(out)))  # another run may have been here meanwhile
             checkpoint.check_room(net, out)
-        run(net, optimizer, chat, folder, out, config, tests, files, loaded, kept, inputs)
+        run(net, optimizer, chat, folder, out, config, tests, files, loaded, kept, inputs, reward)
     return out
 
 
 def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.Chat, folder: Path,
         out: Path, config: Config, tests: dict, files: list, loaded: list, kept: tuple,
-        inputs: dict) -> None:
+        inputs: dict, reward: rewards.Reward | None) -> None:
     """Begins or goes on, trains, and measures before and after: all that writes into `out`."""
     began, (weights, held, told, dropped, size) = time.perf_counter(), loaded
     steps = config.steps or math.ceil(config.epochs * size / config.batch_size)
@@ -235,15 +162,20 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
         report.write_lines(listed, dropped)
     elif listed:
         report.keep_lines(listed)
-    batches = mixture.stream(files, weights, config, state["place"], listed)
+    batches, first = (mixture.stream(files, weights, config, *more)
+                      for more in ((state["place"], listed), ()))
     batches = reference.through(net, batches, *kept) if kept else batches
-    first, _ = next(mixture.stream(files, weights, config))
+    if reward:
+        batches, first = (rollouts.through(net, chat, b, reward, config, step)
+                          for b, step in ((batches, state["step"]), (first, 0)))
+    first, _ = next(first)
     print(report.example(first[0][0], chat))
     if not state["step"]:
         print("check   " + self_check(net, first, config), flush=True)
     prompts = [unit[0].prompt for unit in (held or first)][:3 if config.sample_tokens else 0]
-    asked = exam.Exam(held, tests, prompts, config.sample_tokens, config.beta,
-                      config.micro_batch_tokens)
+    if LOSSES[config.loss].head == "score":
+        prompts = []  # a reward model answers nothing
+    asked = exam.Exam(held, tests, prompts, reward, config)
     with lora.disabled(net):
         before = exam.examine(net, chat, asked)
     with contextlib.closing(batches):
@@ -279,7 +211,9 @@ def run_steps(
             torch.manual_seed(dropout.getrandbits(32))
             try:
                 units, place = next(batches)
-                metrics = train_step(net, optimizer, units, config, rate)
+                for _ in range(config.updates):
+                    metrics = train_step(net, optimizer, units, config, rate)
+                metrics |= rollouts.measure([e for unit in units for e in unit], config.group)
                 count = sum(len(e.ids) for unit in units for e in unit)
                 state |= {"step": step + 1, "num_tokens": state["num_tokens"] + count,
                           "place": place}
@@ -315,8 +249,8 @@ def demo_flags() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # of 1024, half a MiB each
-    names = {"loss": tuple(LOSSES), "template": ("checkpoint", *tokens.TEMPLATES),
-             "dtype": ("float32", "bfloat16")}
+    names = CHOICES | {"template": ("checkpoint", *tokens.TEMPLATES),
+                       "dtype": ("float32", "bfloat16")}
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         argv = demo_flags()

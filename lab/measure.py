@@ -27,6 +27,7 @@ import evaluate
 import generate
 import model
 import questions
+import scoring
 import tokens
 from lab import pretrain, world
 
@@ -98,7 +99,7 @@ def next_token_kl(p: model.Transformer, q: model.Transformer, rows: list) -> Ten
 
 @torch.no_grad()
 def logps(net: model.Transformer, rows: list[tokens.Encoded]) -> Tensor:
-    return evaluate.score(net, tokens.collate(rows), reference=False).logps
+    return scoring.score(net, tokens.collate(rows), reference=False).logps
 
 
 @functools.cache

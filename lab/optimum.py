@@ -81,11 +81,6 @@ def expected(loss: Callable, targets: Tensor, data: Tensor | None) -> Objective:
     return objective
 
 
-def reward_mse(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """(r_theta - r)^2, nothing squashed, (K,): twice `losses.dro` with V = 0.   UNA, f = c = 0"""
-    return 2 * losses.dro(logps, ref_logps, rewards, torch.zeros_like(rewards), beta)
-
-
 def preferences(loss: Callable, rewards: Tensor) -> Objective:
     """mean_ij sigma(r_i - r_j) loss(i chosen, j rejected) over all ordered pairs."""
     i, j = torch.cartesian_prod(torch.arange(K), torch.arange(K)).T
@@ -117,16 +112,16 @@ def examined() -> Iterator[tuple[str, str, Tensor, Objective]]:
     """(name, what it is given, the rewards that define its pi*, objective), best expected first."""
     ref, score, shifted = REF_LOGPS.exp(), torch.sigmoid(REWARDS), feasible(REWARDS)
     given = torch.sigmoid(shifted)
-    yield "reward MSE, on-policy", "r", REWARDS, expected(reward_mse, REWARDS, None)
+    yield "reward MSE, on-policy", "r", REWARDS, expected(losses.una_reward, REWARDS, None)
     yield "DPO", "P(i > j)", REWARDS, preferences(losses.dpo, REWARDS)
     yield "DRO with V, uniform", "r", REWARDS, with_value(REWARDS)
     yield "BCE, on-policy", "sigma(r)", REWARDS, expected(losses.uft_bce, score, None)
     yield "UFT, on-policy", "sigma(r)", REWARDS, expected(losses.uft, score, None)
     yield "BCE, uniform", "sigma(r)", REWARDS, expected(losses.uft_bce, score, UNIFORM)
-    yield "reward MSE, uniform", "r", REWARDS, expected(reward_mse, REWARDS, UNIFORM)
+    yield "reward MSE, uniform", "r", REWARDS, expected(losses.una_reward, REWARDS, UNIFORM)
     yield "UFT, uniform", "sigma(r)", REWARDS, expected(losses.uft, score, UNIFORM)
     yield "IPO, tau = beta", "P(i > j)", REWARDS, preferences(losses.ipo, REWARDS)
-    yield "reward MSE, pi_ref", "r", REWARDS, expected(reward_mse, REWARDS, ref)
+    yield "reward MSE, pi_ref", "r", REWARDS, expected(losses.una_reward, REWARDS, ref)
     yield "KTO, z0 = KL, uniform", "sigma(r)", REWARDS, kto_labels
     yield "authors' online loss", "sigma(r)", REWARDS, authors_online
     yield "UFT, uniform, Z = 1", "sigma(r')", shifted, expected(losses.uft, given, UNIFORM)

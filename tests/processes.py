@@ -27,6 +27,7 @@ import parallel
 import stops
 import tokens
 import train
+import update
 
 TIMEOUT = 5
 RULES = {"batch_size": 4}  # of settings, where only `start` reads them
@@ -127,7 +128,7 @@ def numbers():
         "head": one(policy(targets=(*lora.TARGETS, "lm_head")), MIXED),
         "qwen": one(policy(model_type="qwen2"), MIXED),
         "uneven": one(policy(), UNEVEN, micro_batch_tokens=10),
-        "start": [train.self_check(policy(dtype, 0.0), MIXED, setup)
+        "start": [update.self_check(policy(dtype, 0.0), MIXED, setup)
                   for dtype in (torch.float32, torch.bfloat16)],
         "sampled": sampled(), "broken": broken(), "weights": weights(),
         "agree": refused(lambda: parallel.agree(facts, "cpu"))}

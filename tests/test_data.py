@@ -543,7 +543,8 @@ MIXED = [data.Example(said(p), name, float(r), kind, "") for p, kind, r, name in
     "3 scored .2 l", "3 scored .9 h", "4 scored .5 m", "5 scored .6 e", "5 scored .6 f",
     "5 scored .7 g", "6 rejected .9 x", "6 chosen .1 y"))]
 READS = {  # response, reward and kind, + inside a unit; and the rows left out
-    "groups": ("s1s c1c+r0r t.4c+u.4r l.2s+h.9s m.5s e.6s+f.6s g.7s x.9r y.1c", {}),
+    "prompts": ("s1s c1c t.4c l.2s m.5s e.6s g.7s x.9r y.1c",
+                {"a second answer to its prompt": 4}),
     "rows": ("s1s c1c r0r t.4c u.4r l.2s h.9s m.5s e.6s f.6s g.7s x.9r y.1c", {}),
     "demonstrations": ("s1s c1c t.4c y.1c", {"not a demonstration": 9}),
     "pairs": ("c1c+r0r h.9c+l.2r", {"a tie": 4, "not one of a pair": 5}),

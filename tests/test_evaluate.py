@@ -11,6 +11,7 @@ import lora
 import losses
 import model
 import questions
+import scoring
 import tokens
 
 KINDS = ("chosen", "rejected", "sft", "scored", "scored")
@@ -35,10 +36,10 @@ def measure(rows=range(5), pairs=(0, 3), ref_logps=REF_LOGPS, rewards=REWARDS):
 
 def test_the_reference_is_the_base_model_bit_for_bit(base, adapted, files):
     """And the policy is the model with its adapters on.
-    Red: evaluate.py:score: `lora.disabled(net)` -> `torch.no_grad()`
-    Red: evaluate.py:score: `Scores(token_logps.sum(-1)` -> `Scores(token_logps.mean(-1)`"""
+    Red: scoring.py:score: `lora.disabled(net)` -> `torch.no_grad()`
+    Red: scoring.py:score: `Scores(token_logps.sum(-1)` -> `Scores(token_logps.mean(-1)`"""
     batch = tokens.collate([e for unit in units(base, files / "pairs.jsonl") for e in unit])
-    scores = evaluate.score(adapted, batch, reference=True)
+    scores = scoring.score(adapted, batch, reference=True)
     plain, mask = model.load(base, torch.float32).response_logps(batch.ids, batch.response_mask)
     assert torch.equal(scores.ref_logps, plain.sum(-1)) and not scores.ref_logps.requires_grad
     policy = adapted.response_logps(batch.ids, batch.response_mask)[0]
@@ -119,7 +120,7 @@ def test_held_out_loss_is_equation_7_and_likelihood_is_per_token_of_good_rows(ba
     rows = [e for unit in units(base, files / "pairs.jsonl") for e in unit]
     batch = tokens.collate(rows)
     with torch.no_grad():
-        logps, ref_logps, _, mask = evaluate.score(adapted, batch, reference=True)
+        logps, ref_logps, _, mask, _ = scoring.score(adapted, batch, reference=True)
     for layer in lora.adapters(adapted.train()).values():
         layer.dropout = 0.5
     found = evaluate.held_out(adapted, data.grouped(rows), 0.3, 10**6)
@@ -156,12 +157,12 @@ def test_the_command_prints_the_numbers_of_every_file(base, adapted, files, tmp_
 
 def test_five_hundred_log_probs_of_a_bfloat16_model_are_added_in_float32():
     """One by one in bfloat16 they would be off by a fiftieth.
-    Red: evaluate.py:score: `Scores(token_logps.sum(-1)` -> `Scores(token_logps.bfloat16().sum(-1)`
-    Red: evaluate.py:score: `mask)[0].sum` -> `mask)[0].bfloat16().sum`"""
+    Red: scoring.py:score: `Scores(token_logps.sum(-1)` -> `Scores(token_logps.bfloat16().sum(-1)`
+    Red: scoring.py:score: `mask)[0].sum` -> `mask)[0].bfloat16().sum`"""
     net = tiny.transformer(dtype=torch.bfloat16, max_position_embeddings=600)
     lora.inject(net, 2, 4.0)
     row = tokens.Encoded([i % 20 + 3 for i in range(503)], 3, 1.0, "sft", "f:1", ())
-    scores = evaluate.score(net, tokens.collate([row]), reference=True)
+    scores = scoring.score(net, tokens.collate([row]), reference=True)
     exact = scores.token_logps.double().sum(-1)
     torch.testing.assert_close(scores.logps.double(), exact, rtol=1e-6, atol=0)
     torch.testing.assert_close(scores.ref_logps.double(), exact, rtol=1e-6, atol=0)
@@ -178,7 +179,7 @@ def test_measuring_is_exact_in_float64():
     lora.inject(net, 2, 4.0, generator=torch.Generator().manual_seed(0))
     lora.adapters(net)["model.layers.1.mlp.up_proj"].lora_B.data.fill_(0.1)
     batch = tokens.Batch(ids, mask, torch.tensor([1.0]), ("sft",), None)
-    logps, ref_logps, *_ = evaluate.score(net, batch, reference=True)
+    logps, ref_logps, *_ = scoring.score(net, batch, reference=True)
     found = evaluate.measure(logps, ref_logps, batch.rewards, batch.kinds, (), 0.3)
     assert found["rewards/sft"] == pytest.approx(0.3 * (logps - ref_logps).item(), rel=1e-14)
 

@@ -111,7 +111,7 @@ def named(units):
     return Counter(tuple((e.where, tuple(e.ids), e.reward, e.kind) for e in u) for u in units)
 
 
-READS = pytest.mark.parametrize("reads", ["groups", "rows", "demonstrations", "pairs", "labels"])
+READS = pytest.mark.parametrize("reads", ["prompts", "rows", "demonstrations", "pairs", "labels"])
 
 
 @READS

@@ -81,9 +81,9 @@ def check(out, told, step, tensor):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_number_that_is_not_finite_stops_its_own_step_before_the_update(
         way, base, files, tmp_path, capsys):
-    """Red: train.py:train_step: `or not norm.isfinite()` -> `or not 1`
+    """Red: update.py:train_step: `or not norm.isfinite()` -> `or not 1`
     Red: stops.py:explain: `if isinstance(error, FloatingPointError)` -> `if False`
-    Red: train.py:train_step: `rows {[e.where for e in rows]}` -> `rows`"""
+    Red: update.py:train_step: `rows {[e.where for e in rows]}` -> `rows`"""
     loss, flags, spoil, step, tensor = WAYS[way]
     reads = train.LOSSES[loss].reads
     argv = command(base, files, "scores" if reads == "rows" else reads, tmp_path / "run",
@@ -95,7 +95,7 @@ def test_a_number_that_is_not_finite_stops_its_own_step_before_the_update(
 def test_the_embedding_of_a_rare_token_gone_bad_is_found_in_the_step_that_reads_it(
         base, files, tmp_path, capsys):
     """One row of 40 holds it: steps before it are sound, and the message names its line.
-    Red: train.py:train_step: `raise FloatingPointError(f"loss` -> `print(f"loss`"""
+    Red: update.py:train_step: `raise FloatingPointError(f"loss` -> `print(f"loss`"""
     rows = [json.loads(line) for line in (files / "scores.jsonl").read_text("utf-8").splitlines()]
     rows[17]["response"] += " QQ"  # no other row has a Q
     (tmp_path / "scores.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")

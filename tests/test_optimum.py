@@ -66,9 +66,9 @@ def test_the_implicit_reward_of_the_optimum_is_the_reward_less_beta_log_z():
 
 def test_reward_mse_on_policy_is_minus_two_beta_the_gradient_of_the_utility():
     """sum_y pi(y) d(u - r)^2 = -2 beta dJ with pi held: REINFORCE on UFT Eq. 3; pi* for any Z.
-    Red: lab/optimum.py:reward_mse: `2 * losses.dro` -> `losses.dro`
+    Red: losses.py:una_reward: `.square()` -> `.square() / 2`
     Red: lab/optimum.py:expected: `policy(held).exp()` -> `policy(x).exp()`"""
-    objective = expected(optimum.reward_mse, REWARDS, None)
+    objective = expected(losses.una_reward, REWARDS, None)
     rising = uphill(lambda logps: optimum.utility(logps, REWARDS), LOGITS)
     close(at(objective, LOGITS), -2 * BETA * rising, 1e-12)
     close(at(objective, BEST), 0.0, 1e-12)
@@ -78,8 +78,8 @@ def test_reward_mse_off_policy_leaves_the_optimum_unless_v_is_subtracted():
     """Uniform data at pi*: the slope is not 0; with r - V, V = beta log Z (DRO), it is.
     Red: lab/optimum.py:expected: `if data is None else data` -> `if True else data`
     Red: losses.py:dro: `(rewards - values -` -> `(rewards -`"""
-    assert at(expected(optimum.reward_mse, REWARDS, UNIFORM), BEST).norm() > 0.1
-    close(at(expected(optimum.reward_mse, REWARDS - V, UNIFORM), BEST), 0.0, 1e-12)
+    assert at(expected(losses.una_reward, REWARDS, UNIFORM), BEST).norm() > 0.1
+    close(at(expected(losses.una_reward, REWARDS - V, UNIFORM), BEST), 0.0, 1e-12)
     close(at(optimum.with_value(REWARDS), torch.cat((BEST, V[None]))), 0.0, 1e-12)
 
 
@@ -171,7 +171,7 @@ def test_these_losses_reach_the_optimum_although_z_is_not_one(rows, name):
 
 def test_the_other_losses_miss_it_in_this_order(rows):
     """0 < BCE < UFT on-policy < uniform data < IPO < data of pi_ref < KTO < the authors' code.
-    Red: lab/optimum.py:examined: `reward_mse, REWARDS, ref` -> `reward_mse, REWARDS, UNIFORM`
+    Red: lab/optimum.py:examined: `losses.una_reward, REWARDS, ref` -> `losses.una_reward, REWARDS, UNIFORM`
     Red: lab/optimum.py:examined: `losses.uft_bce, score, None` -> `losses.uft_bce, score, UNIFORM`
     Red: lab/optimum.py:kto_labels: `good * yes + (1 - good) * no` -> `yes`"""
     tv = {name: row["tv"] for name, row in rows.items()}

@@ -145,8 +145,8 @@ def test_a_step_is_the_same_in_one_two_and_four_processes(numbers, loss):
     processes step by three of the losses only.
     Red: parallel.py:sum_gradients: `size() > 1` -> `size() > 2`
     Red: parallel.py:turns: `units[:cuts[rank()]]` -> `units[:cuts[0]]`
-    Red: train.py:train_step: `found[:own]` -> `found`
-    Red: train.py:train_step: `float(number < own)` -> `1.0`"""
+    Red: update.py:train_step: `found[:own]` -> `found`
+    Red: update.py:train_step: `float(number < own)` -> `1.0`"""
     for found in (*numbers[2], *(found for found in numbers[4] if loss in found)):
         assert difference(found[loss], numbers[1][0][loss]) < 1e-12
 
@@ -154,7 +154,7 @@ def test_a_step_is_the_same_in_one_two_and_four_processes(numbers, loss):
 @pytest.mark.parametrize("case", ["checkpointing", "tied", "head", "qwen", "uneven"])
 def test_so_it_is_with_checkpointing_a_tied_or_adapted_head_biases_and_uneven_turns(numbers, case):
     """Red: parallel.py:shard: `("packed",)` -> `()`
-    Red: train.py:train_step: `float(number < own)` -> `1.0`"""
+    Red: update.py:train_step: `float(number < own)` -> `1.0`"""
     for found in (*numbers[2], *numbers[4]):
         assert difference(found[case], numbers[1][0][case]) < 1e-12
 

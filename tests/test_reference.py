@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import evaluate
 import lora
 import model
 import reference
+import scoring
 import tokens
 import train
 
@@ -38,7 +38,7 @@ def test_a_filled_row_carries_what_its_reference_pass_gives_bit_for_bit(adapted,
     Red: reference.py:fill: `with lora.disabled(net)` -> `with torch.no_grad()`
     Red: reference.py:fill: `zip(names, logps` -> `zip(names[::-1], logps`"""
     batch = tokens.collate([row for unit in units for row in unit])
-    want = evaluate.score(adapted, batch, reference=True).ref_logps
+    want = scoring.score(adapted, batch, reference=True).ref_logps
     assert torch.equal(refs(reference.fill(adapted, units, {}, 10**6)), want)
 
 
@@ -145,7 +145,7 @@ def test_a_run_with_a_store_is_the_run_without_one(base, files, tmp_path, loss, 
     of its own over a trained row.
     Red: reference.py:store: `if not config.reference_cache` -> `if 1`
     Red: reference.py:through: `if len(known) > written:` -> `if False:`
-    Red: evaluate.py:score: `= ref_logps.to(` -> `= 2 * ref_logps.to(`"""
+    Red: scoring.py:score: `= ref_logps.to(` -> `= 2 * ref_logps.to(`"""
     name = {"uft": "scores", "dpo": "pairs", "kto": "labels", "sft": "demonstrations"}[loss]
     told, passes, real = [], [], reference.fill
 

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,16 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import config
 import generate
+import heads
 import lora
 import model
 import tokens
 import train
+import update
 
 REWARDS = (1.0, 0.0, 0.25, 0.75, 1.0, 0.5)
-FILE = {loss: "scores" if o.reads == "rows" else o.reads for loss, o in train.LOSSES.items()}
+FILE = {loss: {"rows": "scores", "prompts": "demonstrations"}.get(o.reads, o.reads)
+        for loss, o in train.LOSSES.items()}
 LOSSES = pytest.mark.parametrize("loss", train.LOSSES)
 
 
@@ -32,12 +36,16 @@ def settings(loss="uft", **changes):
     return config.Config(model="m", loss=loss, beta=0.3, **changes)
 
 
-def policy(noise=0.1):
-    """A tiny float64 model with adapters whose B is random, of standard deviation `noise`."""
+def policy(loss="uft", noise=0.1):
+    """A tiny float64 model with adapters whose B is random, of standard deviation `noise`, and
+    the loss's head, random too."""
     net, generator = tiny.transformer(), torch.Generator().manual_seed(0)
     lora.inject(net, 2, 4.0, generator=generator)
     for layer in lora.adapters(net).values():
         layer.lora_B.data.copy_(noise * torch.randn(layer.lora_B.shape, generator=generator))
+    if name := train.LOSSES[loss].head:
+        drawn = 10 * noise * torch.randn(1, tiny.D, generator=generator)
+        heads.attach(net, name).weight.data.copy_(drawn)
     return net
 
 
@@ -48,11 +56,26 @@ def encoded(i, prompt, reward, kind):
     return tokens.Encoded(ids, len(asked), reward, kind, f"d:{i}", (("user", str(prompt)),))
 
 
+def sampled(i, r, loss):
+    """A row as rollouts.py leaves it, with numbers that follow from i; some uniapl rows are taught,
+    and of uft_hint's solutions a part is given."""
+    row = encoded(i, i // 2, r, "sampled")
+    if loss == "uniapl" and i % 3 == 2:
+        return replace(row, kind="sft", ref_logps=-9.0)
+    said = range(len(row.ids) - row.prompt_len)
+    tables = [[-2.5 - 0.3 * ((i + t + k) % 4) for t in said] for k in range(5)]
+    tables[2] = [(-1) ** i * 0.7] * len(said)
+    given = [float(t < i % 3 and loss == "uft_hint") for t in said]
+    return replace(row, sampled=tokens.Sampled(*tables, given), ref_logps=sum(tables[1]))
+
+
 def units_of(loss):
     """Six units of what a loss reads; labels are REWARDS cut at 1/2."""
     if train.LOSSES[loss].reads == "pairs":
         return [(encoded(2 * i, i, 1.0, "chosen"), encoded(2 * i + 1, i, 0.0, "rejected"))
                 for i in range(6)]
+    if train.LOSSES[loss].online:
+        return [(sampled(i, r, loss),) for i, r in enumerate(REWARDS)]
     cut = float if train.LOSSES[loss].reads == "rows" else lambda r: float(r > 0.5)
     return [(encoded(i, i, cut(r), "scored"),) for i, r in enumerate(REWARDS)]
 
@@ -69,7 +92,7 @@ def step(net, units, setup, rate=1.0):
 
 
 def gradient(loss, units, **changes):
-    return -step(policy(), units, settings(loss, **changes))[1]
+    return -step(policy(loss), units, settings(loss, **changes))[1]
 
 
 def close(actual, expected):
@@ -88,19 +111,19 @@ def run(base, file, out, *more):
 @LOSSES
 def test_micro_batches_change_no_gradient(loss):
     """One forward pass or one a unit: the same sum, token mean and z0 of the whole step.
-    Red: train.py:train_step: `each.sum() * float(` -> `each.mean() * float(`
-    Red: train.py:train_step: `tokens_per_row, config)` -> `None, config)`
-    Red: train.py:reference_point: `torch.cat([f[i] for f in found])` -> `found[0][i]`"""
+    Red: update.py:train_step: `each.sum() * float(` -> `each.mean() * float(`
+    Red: update.py:train_step: `z0, tokens_per_row)` -> `z0, len(batch.ids))`
+    Red: update.py:reference_point: `torch.cat([f[i] for f in found])` -> `found[0][i]`"""
     units = units_of(loss)
     if loss == "kto":
-        assert train.reference_point(policy(), units, settings(loss))[0] > 0.05
+        assert update.reference_point(policy(), units, settings(loss))[0] > 0.05
     close(gradient(loss, units, micro_batch_tokens=1), gradient(loss, units))
 
 
 @LOSSES
 def test_the_order_of_units_in_a_step_changes_no_gradient(loss):
     """kto's z0 pairs each prompt with the next row's response, so only turns leave it alone.
-    Red: train.py:train_step: `turns(units, ` -> `turns(units[:-1], `
+    Red: update.py:train_step: `turns(units, ` -> `turns(units[:-1], `
     Red: tokens.py:mismatch: `(*rows[i + 1:], *rows[:i])` -> `rows[i + 1:]`"""
     units = units_of(loss)
     other = units[2:] + units[:2] if loss == "kto" else units[::-1]
@@ -110,7 +133,7 @@ def test_the_order_of_units_in_a_step_changes_no_gradient(loss):
 @pytest.mark.parametrize("loss", ["uft", "uft_bce", "una_binary"])
 def test_each_row_is_pulled_to_its_own_reward(loss):
     """A step's gradient is the mean of its rows' own, each with its reward.
-    Red: train.py:train_step: `*scores, rewards, batch` -> `*scores, rewards[:1], batch`
+    Red: update.py:read: `batch.rewards.to(` -> `batch.rewards[:1].to(`
     Red: tokens.py:collate: `[e.reward for e in rows]` -> `[rows[0].reward for e in rows]`"""
     units = units_of(loss)
     close(gradient(loss, units), sum(gradient(loss, [unit]) for unit in units) / len(units))
@@ -118,7 +141,7 @@ def test_each_row_is_pulled_to_its_own_reward(loss):
 
 def test_a_mixture_pulls_as_its_parts_weighted_by_their_rows():
     """grad = n_s / n grad_sft + n_a / n grad_align, for 3 demonstrations and 6 scores.
-    Red: train.py:train_step: `< own) / len(units)` -> `< own) / 6**0.5`"""
+    Red: update.py:train_step: `< own) / len(units)` -> `< own) / 6**0.5`"""
     scores, demos = units_of("uft"), [(encoded(i, i, 1.0, "sft"),) for i in (7, 8, 9)]
     parts = 3 / 9 * gradient("uft", demos) + 6 / 9 * gradient("uft", scores)
     close(gradient("uft", [*scores, *demos]), parts)
@@ -137,14 +160,14 @@ def test_base_weights_never_move():
 @LOSSES
 def test_the_logged_loss_is_the_optimised_loss(loss, monkeypatch):
     """Its slope along the gradient, by central differences, is the gradient's norm.
-    Red: train.py:train_step: `each.sum().item()` -> `each[1:].sum().item()`
-    Red: train.py:train_step: `"grad_norm": norm.item()` -> `"grad_norm": 1.0`"""
-    monkeypatch.setattr(train, "reference_point", lambda _, units, __: (torch.tensor(.1), units))
+    Red: update.py:train_step: `each.sum().item()` -> `each[1:].sum().item()`
+    Red: update.py:train_step: `"grad_norm": norm.item()` -> `"grad_norm": 1.0`"""
+    monkeypatch.setattr(update, "reference_point", lambda _, units, __: (torch.tensor(.1), units))
     setup, logged = settings(loss, micro_batch_tokens=1), []
-    metrics, update = step(policy(), units_of(loss), setup)
+    metrics, moves = step(policy(loss), units_of(loss), setup)
     for h in (-1e-5, 1e-5):
-        net = policy()
-        moved = parameters_to_vector(trained(net)) + h * update / update.norm()
+        net = policy(loss)
+        moved = parameters_to_vector(trained(net)) + h * moves / moves.norm()
         vector_to_parameters(moved.detach(), trained(net))
         logged.append(step(net, units_of(loss), setup, rate=0.0)[0]["loss"])
     assert (logged[0] - logged[1]) / 2e-5 == pytest.approx(metrics["grad_norm"], rel=1e-6)
@@ -152,7 +175,7 @@ def test_the_logged_loss_is_the_optimised_loss(loss, monkeypatch):
 
 def test_an_adapter_without_a_gradient_stops_the_run_by_name():
     """One that no forward pass meets, as where checkpointing cuts the graph.
-    Red: train.py:train_step: `p.requires_grad and p.grad is None` -> `False`"""
+    Red: update.py:train_step: `p.requires_grad and p.grad is None` -> `False`"""
     net = policy()
     net.unused = lora.LoRALinear(net.lm_head, 2, 1.0, 0.0)
     with pytest.raises(FloatingPointError, match="2 adapter tensors get no .* unused.lora_A"):
@@ -169,7 +192,7 @@ def test_the_learning_rate_climbs_in_a_line_and_falls_in_half_a_cosine():
 
 
 def test_the_gradient_is_clipped_to_its_norm_and_logged_before():
-    """Red: train.py:train_step: `config.max_grad_norm, norm` -> `1e9, norm`"""
+    """Red: update.py:train_step: `config.max_grad_norm, norm` -> `1e9, norm`"""
     free, clipped = (step(policy(), units_of("uft"), settings(max_grad_norm=n)) for n in (9, 1e-3))
     assert clipped[1].norm().item() == pytest.approx(1e-3, rel=1e-3)
     assert clipped[0]["grad_norm"] == free[0]["grad_norm"] == pytest.approx(free[1].norm().item())
@@ -178,10 +201,10 @@ def test_the_gradient_is_clipped_to_its_norm_and_logged_before():
 @pytest.mark.parametrize("fault", ["loss", "gradient", "norm"])
 def test_a_number_that_is_not_finite_stops_the_step_before_the_update(fault, monkeypatch):
     """The message names the tensor and the rows.
-    Red: train.py:train_step: `or not norm.isfinite()` -> `or not 1`
-    Red: train.py:train_step: `not math.isfinite(loss) or` -> ``
-    Red: train.py:train_step: `if not g.isfinite().all()` -> `if g.isfinite().all()`
-    Red: train.py:train_step: `if not bad and not norm.isfinite()` -> `if False`"""
+    Red: update.py:train_step: `or not norm.isfinite()` -> `or not 1`
+    Red: update.py:train_step: `not math.isfinite(loss) or` -> ``
+    Red: update.py:train_step: `if not g.isfinite().all()` -> `if g.isfinite().all()`
+    Red: update.py:train_step: `if not bad and not norm.isfinite()` -> `if False`"""
     net, bad = policy(), "none"
     if fault == "norm":
         bad = "model.layers.1.mlp.up_proj.lora_B"
@@ -201,10 +224,11 @@ def test_a_number_that_is_not_finite_stops_the_step_before_the_update(fault, mon
 @LOSSES
 def test_the_check_at_step_zero_holds_for_a_fresh_adapter_and_for_no_other(loss):
     """Red: objectives.py: `lambda r, c: 2 * math.log(2)` -> `lambda r, c: math.log(2)`
-    Red: train.py:self_check: `u != 0` -> `False`"""
-    assert train.self_check(policy(0.0), units_of(loss), settings(loss)).endswith("ok")
+    Red: update.py:self_check: `u != 0` -> `False`"""
+    units = [tuple(replace(e, ref_logps=None) for e in unit) for unit in units_of(loss)]
+    assert update.self_check(policy(loss, 0.0), units, settings(loss)).endswith("ok")
     with pytest.raises(ValueError, match="self-check failed"):
-        train.self_check(policy(), units_of(loss), settings(loss))
+        update.self_check(policy(loss), units, settings(loss))
 
 
 def test_the_first_step_of_adamw_is_the_same_for_uft_and_sft():
@@ -212,7 +236,7 @@ def test_the_first_step_of_adamw_is_the_same_for_uft_and_sft():
     Red: losses.py:uft: `- rewards).square()` -> `- 1 + rewards).square()`"""
     demos, ends = [(encoded(i, i, 1.0, "sft"),) for i in range(6)], []
     for loss in ("uft", "sft"):
-        net = policy(0.0)
+        net = policy(noise=0.0)
         optimizer = torch.optim.AdamW(trained(net), eps=1e-30, weight_decay=0.0)
         train.train_step(net, optimizer, demos, settings(loss), 1e-3)
         ends.append(parameters_to_vector(trained(net)).detach())
@@ -292,7 +316,7 @@ def test_a_run_opens_no_connection(base, files, tmp_path, monkeypatch):
 def test_every_loss_trains_an_adapter_to_sample_from(loss, base, files, tmp_path, capsys):
     """Over a bfloat16 base, whose adapters are float32 and whose check at step 0 is exact.
     Red: train.py:run: `lora.save(net, part, config.model)` -> `lora.inject(net, 1, 1)`
-    Red: train.py:train_step: `optimizer.step()` -> `pass`
+    Red: update.py:train_step: `optimizer.step()` -> `pass`
     Red: lora.py:LoRALinear.__init__: `torch.float32)` -> `torch.bfloat16)`"""
     out = run(base, f"{files}/{FILE[loss]}.jsonl", tmp_path / "run", "--loss", loss, "--steps", "2",
               "--dtype", "bfloat16")

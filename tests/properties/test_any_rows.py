@@ -21,7 +21,7 @@ examples = st.builds(
     reward=st.sampled_from((0.0, 0.3, 0.5, 0.7, 1.0)), kind=st.sampled_from(KINDS), where=texts)
 many = st.lists(examples, max_size=12).map(
     lambda found: [replace(e, where=str(i)) for i, e in enumerate(found)])
-READS = st.sampled_from(("groups", "rows", "demonstrations", "pairs", "labels"))
+READS = st.sampled_from(("prompts", "rows", "demonstrations", "pairs", "labels"))
 pieces = st.one_of(
     st.dictionaries(texts, values, max_size=2).map(line), values.map(line),
     st.sampled_from((b"", b" ", b"\t\r", b"\xef\xbb\xbf", b"{", b"[1]", b"NaN", b'"\xff"')),

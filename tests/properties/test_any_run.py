@@ -104,7 +104,7 @@ def test_batches_have_their_size_and_follow_the_order_of_the_data(counts, size, 
 
 
 @given(st.lists(row, min_size=1, max_size=9), st.sampled_from(
-    ("groups", "rows", "demonstrations", "pairs", "labels")), st.integers(0, 4))
+    ("prompts", "rows", "demonstrations", "pairs", "labels")), st.integers(0, 4))
 def test_any_file_read_row_by_row_gives_the_units_of_the_whole_file(
         tmp_path_factory, chat, found, reads, held):
     """Whatever formats stand beside one another; the same rows are dropped.
