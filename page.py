@@ -16,8 +16,11 @@ import durable
 from command import Parser, stop
 from config import REPEATED, Config
 
-KINDS = ("sft", "scored", "chosen", "rejected")
-CHARTS = (("Loss", "what a step minimises", ("loss",)),
+KINDS = ("sft", "scored", "chosen", "rejected", "sampled")
+CHARTS = (("Reward", "what sampled responses earn", ("reward",)),
+          ("Divergence", "nats a response, from the reference", ("kl",)),
+          ("Length", "tokens of a response", ("completions/mean_length",)),
+          ("Loss", "what a step minimises", ("loss",)),
           ("Implicit reward", "beta log(policy / reference)", tuple(f"rewards/{k}" for k in KINDS)),
           ("Log-prob change", "nats above the reference", tuple(f"dlogp/{k}" for k in KINDS)),
           ("Log-prob", "nats", tuple(f"logps/{k}" for k in KINDS)),
@@ -28,10 +31,10 @@ DRAWN = 500  # points of a curve, at most
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b2027; --soft: #59636e; --line: #d5dae0;
   --box: #f4f6f8; --plain: #3d4f66; --sft: #0867b5; --scored: #8136b3; --chosen: #08784f;
-  --rejected: #bd3f0a }
+  --rejected: #bd3f0a; --sampled: #8136b3 }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e7eaee; --soft: #a0abb6;
   --line: #39414a; --box: #1d2228; --plain: #a9bdd6; --sft: #62b4f5; --scored: #d1a0f2;
-  --chosen: #40d19a; --rejected: #ff9364 } }
+  --chosen: #40d19a; --rejected: #ff9364; --sampled: #d1a0f2 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 3rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }

@@ -18,7 +18,7 @@ import strict
 import tokens
 from config import Config
 
-KINDS = ("sft", "chosen", "rejected", "scored")
+KINDS = ("sft", "chosen", "rejected", "scored", "sampled")
 
 
 def header(net: model.Transformer, config: Config, told: Sequence[str], dropped: int, steps: int,
@@ -58,9 +58,12 @@ def progress(steps: int, start: int, shown: bool) -> tqdm:
 def step(bar: tqdm, metrics: Mapping[str, float], steps: int, seconds_left: float) -> None:
     """Shows loss, implicit reward and log-prob change (nats) per kind, tokens per second.
 
-    A loss without a reference shows log-probs instead.
+    A loss without a reference shows log-probs instead; rollouts what they earned, KL and length.
     """
     parts = [f"loss {metrics['loss']:.4f}"]
+    if "reward" in metrics:
+        parts += [f"reward {metrics['reward']:.3f}", f"kl {metrics['kl']:.2f}",
+                  f"length {metrics['completions/mean_length']:.1f}"]
     for name, text, digits in (("rewards/", "implicit reward", 3), ("dlogp/", "dlogp", 2)) \
             if "rewards/mean" in metrics else (("logps/", "logp", 2),):
         by_kind = [f"{k.removeprefix(name)} {v:+.{digits}f}" for k, v in metrics.items()
@@ -100,6 +103,9 @@ def verdict(after: Mapping[str, float], gains: Mapping[str, Mapping]) -> str:
         low, high = g["interval"] or (0, 0)
         way = "rose" if low > 0 else "fell" if high < 0 else "did not clearly move"
         lines.append(f"{name} {way}, {g['before']:.1%} to {g['after']:.1%}")
+    if "reward" in after:
+        lines.append(f"reward of held-out prompts {after['reward']:.3f}, {after['kl']:.2f} nats "
+                     "from the reference")
     for kind in KINDS:
         if (change := after.get(f"dlogp/{kind}")) is not None:
             way = "rose" if change > 0 else "fell"

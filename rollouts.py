@@ -53,8 +53,8 @@ def respond(net: model.Transformer, chat: tokens.Chat, asked: Sequence[tokens.En
     prompts = [row.ids[:row.prompt_len] + hint
                for row, hint, end in zip(asked, given, ended, strict=True) if not end]
     drawn = iter(generate.sample(
-        net, prompts, config.response_tokens, chat.stop_ids, config.temperature, 1.0,
-        seeded(config, step, "draws"), config.group))
+        net, [p for p in prompts for _ in range(config.group)], config.response_tokens,
+        chat.stop_ids, config.temperature, 1.0, seeded(config, step, "draws")))
     return [hint + ([] if end else next(drawn)) for hint, end in zip(given, ended, strict=True)
             for _ in range(config.group)]
 
@@ -167,7 +167,7 @@ def measure(rows: Sequence[tokens.Encoded], group: int) -> dict[str, float]:
     """Numbers of sampled rows, {} where there are none; TRL's names where they exist.
 
     reward; reward_std, within a prompt; kl, k1 from the reference in nats a response; tokens of a
-    response.
+    response. Of the policy that sampled them, before the step's updates.
     """
     rows = [row for row in rows if row.sampled]
     if not rows:
@@ -175,9 +175,9 @@ def measure(rows: Sequence[tokens.Encoded], group: int) -> dict[str, float]:
     earned = torch.tensor([row.reward for row in rows])
     k1 = [sum(row.sampled.old_logps) - sum(row.sampled.ref_logps) for row in rows]
     lengths = [len(row.ids) - row.prompt_len for row in rows]
-    return {"reward": earned.mean().item(),
-            "reward_std": earned.view(-1, group).std(1).mean().item() if group > 1 else 0.0,
-            "kl": sum(k1) / len(rows), "completions/mean_length": sum(lengths) / len(rows)}
+    spread = {"reward_std": earned.view(-1, group).std(1).mean().item()} if group > 1 else {}
+    return spread | {"reward": earned.mean().item(), "kl": sum(k1) / len(rows),
+                     "completions/mean_length": sum(lengths) / len(rows)}
 
 
 def held_out(net: model.Transformer, chat: tokens.Chat, units: Sequence, reward: Reward,

@@ -268,6 +268,20 @@ def feedback(world: World, seed: int, prompts: int, split: str = "train") -> lis
     return out
 
 
+def prompts(world: World, seed: int, count: int, split: str = "train") -> list[dict]:
+    """Prompts to sample answers to, with one or two constraints of all kinds, and the best answer.
+
+    `answer` is for lab/verifier.py: a pattern of the form and, on the next line, of the whole.
+    """
+    rng, out = random.Random(f"prompts {split} {seed}"), []
+    for _ in range(count):
+        asked = ask(world, rng, split, KINDS, (1, 1, 2))
+        patterns = (pattern(body, asked.constraints) for body in (None, asked.right))
+        out.append({"prompt": asked.prompt, "response": follow(asked.right, asked.constraints),
+                    "answer": "\n".join(patterns)})
+    return out
+
+
 def instruction_tests(world: World, split: str, count: int) -> list[dict]:
     """Prompts with one or two constraints of all kinds; the pattern judges form, not content."""
     rng, out = random.Random(f"instructions {split}"), {}
@@ -331,7 +345,8 @@ def one_a_fact(rows: list[dict]) -> list[dict]:
 def bundle(world: World, seed: int, rows: int) -> dict[str, list[dict]]:
     """The files of lab/data: what the demo trains on, and the questions of the test split."""
     files = {"demonstrations": demonstrations(world, seed, rows),
-             "feedback": feedback(world, seed, rows // 2)} | tests(world, "test")
+             "feedback": feedback(world, seed, rows // 2),
+             "prompts": prompts(world, seed, rows // 2)} | tests(world, "test")
     files["instructions"].sort(key=lambda row: row["prompt"] not in SHOWN)
     return files | {name: one_a_fact(files[name]) for name in ("truth", "truth_choices")}
 
