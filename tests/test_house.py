@@ -14,7 +14,7 @@ import pytest
 import red
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = (("strict", "durable"), ("bounds", "weights", "command"),
+FLOORS = (("strict", "durable", "deltas"), ("bounds", "weights", "command"),
           ("architecture", "backward", "peft_config", "vocabulary", "templates", "records",
            "doubts"),
           ("packing", "peft_folder"), ("merging",),
@@ -26,8 +26,8 @@ CAPS = {
     "losses.py": 280, "policy_gradients.py": 250, "data.py": 340, "tokens.py": 300, "lora.py": 230,
     "strict.py": 120, "bounds.py": 120, "weights.py": 120, "peft_config.py": 80,
     "vocabulary.py": 120, "templates.py": 130,
-    "peft_folder.py": 110, "merging.py": 80, "architecture.py": 110, "backward.py": 330,
-    "packing.py": 120,
+    "peft_folder.py": 110, "merging.py": 120, "deltas.py": 60, "architecture.py": 110,
+    "backward.py": 330, "packing.py": 120,
     "model.py": 330, "config.py": 125, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 90,
     "report.py": 175, "parallel.py": 120, "mixture.py": 100, "lines.py": 125, "reference.py": 115,

@@ -1,4 +1,4 @@
-"""Families E02 to E16: adapter folders that do not fit, are damaged, or lie."""
+"""Families E02 to E17: adapter folders that do not fit, are damaged, or lie."""
 from pathlib import Path
 
 from faults.case import (
@@ -179,7 +179,7 @@ def merged(place: Path) -> None:
     """model/ is the merged model already."""
     import merging
 
-    merging.merge(place / "model", place / "adapter", place / "new")
+    merging.merge(place / "model", [place / "adapter"], place / "new")
     (place / "model").rename(place / "old")
     (place / "new").rename(place / "model")
 
@@ -242,7 +242,40 @@ def bases() -> list[Case]:
              "data.jsonl;is a file"),
         Case("E13 the adapter is the model", "evaluate", None, "--adapter DIR/model",
              "model;adapter_config.json"),
-        Case("E13 the adapter is a hub id", "lora", None, "--adapter no/such", "no/such")]
+        Case("E13 the adapter is a hub id", "lora", None, "ONLY merge --model DIR/model --adapter "
+             "no/such --out DIR/merged", "no/such;adapter_config.json"),
+        *several_adapters()]
+
+
+def second(place: Path) -> None:
+    """again/ is another adapter of model/, on fewer layers."""
+    import lora
+    import model
+
+    net = model.load(place / "model")
+    lora.inject(net, 3, 1.5, ["q_proj", "v_proj"])
+    for layer in lora.adapters(net).values():
+        layer.lora_B.data.fill_(0.1)
+    lora.save(net, place / "again", "my/base")
+
+
+def several_adapters() -> list[Case]:
+    """E17: flags of merging two."""
+    two = "--adapter DIR/again"
+    out = [Case(f"E17 merging two by {flags or 'default'}", "lora", second, f"{two} {flags}",
+                "14 layers merged" if oracle == "V" else words, oracle) for flags, oracle, words in (
+        ("--method ties --density 0.2", "V", ""), ("--method linear --weight 1 --weight -0.5", "V", ""),
+        ("", "R", "--method"), ("--method dare", "R", "--method; dare; ties"),
+        ("--method ties --weight 1", "R", "--weight"), ("--method ties --density 0", "R", "--density"),
+        ("--method ties --density nan", "R", "--density; nan"),
+        ("--method ties --weight inf --weight 1", "R", "--weight; inf"),
+        ("--method ties --adapter DIR/other", "R", "other; down_proj"))]
+    return [*out, Case("E17 merging one by ties", "lora", None, "--method ties", "one --adapter"),
+            Case("E17 merging one, trimmed", "lora", None, "--density 0.5", "14 layers", "V"),
+            Case("E17 merging one twice", "lora", None, "--method ties --adapter DIR/adapter/",
+                 "twice"),
+            Case("E17 merging a link to itself", "lora", link("again", "adapter"),
+                 f"--method ties {two}", "twice")]
 
 
 def cases() -> list[Case]:
