@@ -133,7 +133,6 @@ def test_equal_deltas_give_that_delta_and_one_delta_gives_itself():
 
     Red: deltas.py:ties: `agree.sum(0).clamp(min=1)` -> `agree.sum(0).clamp(min=2)`
     Red: deltas.py:ties: `v.sign() == v.sum(0).sign()` -> `v.sign() * v.sum(0).sign() >= 0`
-    Red: deltas.py:trim: `size > least` -> `size > 2 * least`
     """
     delta, = drawn(1)
     for density in (1.0, 0.4):

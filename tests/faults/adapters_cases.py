@@ -249,10 +249,12 @@ def bases() -> list[Case]:
 
 def second(place: Path) -> None:
     """again/ is another adapter of model/, on fewer layers."""
+    import torch
+
     import lora
     import model
 
-    net = model.load(place / "model")
+    net = model.load(place / "model", torch.float32)
     lora.inject(net, 3, 1.5, ["q_proj", "v_proj"])
     for layer in lora.adapters(net).values():
         layer.lora_B.data.fill_(0.1)
@@ -261,15 +263,19 @@ def second(place: Path) -> None:
 
 def several_adapters() -> list[Case]:
     """E17: flags of merging two."""
-    two = "--adapter DIR/again"
-    out = [Case(f"E17 merging two by {flags or 'default'}", "lora", second, f"{two} {flags}",
-                "14 layers merged" if oracle == "V" else words, oracle) for flags, oracle, words in (
-        ("--method ties --density 0.2", "V", ""), ("--method linear --weight 1 --weight -0.5", "V", ""),
-        ("", "R", "--method"), ("--method dare", "R", "--method; dare; ties"),
-        ("--method ties --weight 1", "R", "--weight"), ("--method ties --density 0", "R", "--density"),
-        ("--method ties --density nan", "R", "--density; nan"),
-        ("--method ties --weight inf --weight 1", "R", "--weight; inf"),
-        ("--method ties --adapter DIR/other", "R", "other; down_proj"))]
+    two, out = "--adapter DIR/again", []
+    for flags, words in (
+            ("--method ties --density 0.2", ""),
+            ("--method linear --weight 1 --weight -0.5", ""),
+            ("", "--method"), ("--method dare", "--method; dare; ties"),
+            ("--method ties --weight 1", "--weight"),
+            ("--method ties --density 0", "--density"),
+            ("--method ties --density nan", "--density; nan"),
+            ("--method ties --weight inf --weight 1", "--weight; inf"),
+            ("--method ties --weight 1 --weight 1 --weight 1 --adapter DIR/other",
+             "other; down_proj")):
+        out.append(Case(f"E17 merging two, {flags or 'without a word'}", "lora", second,
+                        f"{two} {flags}", words or "14 layers merged", "R" if words else "V"))
     return [*out, Case("E17 merging one by ties", "lora", None, "--method ties", "one --adapter"),
             Case("E17 merging one, trimmed", "lora", None, "--density 0.5", "14 layers", "V"),
             Case("E17 merging one twice", "lora", None, "--method ties --adapter DIR/adapter/",
