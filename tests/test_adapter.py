@@ -11,8 +11,8 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_weights import shard
 from test_lora import FIRST, adapted, logits
+from test_weights import shard
 
 import lora
 import merging

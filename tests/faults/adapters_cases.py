@@ -243,8 +243,7 @@ def bases() -> list[Case]:
         Case("E13 the adapter is the model", "evaluate", None, "--adapter DIR/model",
              "model;adapter_config.json"),
         Case("E13 the adapter is a hub id", "lora", None, "ONLY merge --model DIR/model --adapter "
-             "no/such --out DIR/merged", "no/such;adapter_config.json"),
-        *several_adapters()]
+             "no/such --out DIR/merged", "no/such;adapter_config.json")]
 
 
 def second(place: Path) -> None:
@@ -285,4 +284,4 @@ def several_adapters() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    return [*settings(), *weights(), *weight_files(), *bases()]
+    return [*settings(), *weights(), *weight_files(), *bases(), *several_adapters()]
