@@ -8,7 +8,7 @@ Adapters are float32 whatever the base dtype (float64 over a float64 base), mult
 of x, as under autocast; the base is frozen.
 On disk an adapter is PEFT's folder: adapter_config.json and adapter_model.safetensors.
 Letters: I inputs, O outputs, R rank.
-    python lora.py merge --model DIR --adapter DIR --out DIR
+    python lora.py merge --model DIR --adapter DIR [--adapter DIR --method ties] --out DIR
 """
 import contextlib
 import json
@@ -20,14 +20,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import backward
+import deltas
 import heads
 import merging
 import peft_config
 import peft_folder
 import strict
-from command import Parser, stop
+from command import Parser, number, stop
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -131,6 +133,15 @@ def unmerge(model: nn.Module) -> None:
     merge(model, sign=-1)
 
 
+def l1(model: nn.Module) -> Tensor:
+    """Sum of |scale B A| over all entries of all layers, PAFT's penalty on the delta.
+
+    arXiv 2406.17923. Slope sign(B A), none while B is 0; one dense delta is in memory at a time.
+    """
+    return sum(checkpoint(lambda layer: layer.delta().abs().sum(), layer, use_reentrant=False)
+               for layer in adapters(model).values())
+
+
 def remove(model: nn.Module) -> None:
     """Puts plain linear layers back; an update that was not merged is dropped."""
     for name, layer in adapters(model).items():
@@ -202,13 +213,20 @@ def main(argv: list[str] | None = None) -> None:
     command = parser.add_subparsers(required=True).add_parser(
         "merge", help="adapter into model", allow_abbrev=False)
     command.add_argument("--model", required=True, metavar="DIR", help="the base model's folder")
-    command.add_argument("--adapter", required=True, metavar="DIR", help="PEFT adapter folder")
+    command.add_argument("--adapter", required=True, metavar="DIR", action="append",
+                         help="PEFT adapter folder, repeatable")
+    command.add_argument("--method", choices=deltas.METHODS, help="how several become one update")
+    command.add_argument("--weight", type=number, metavar="W", action="append", default=[],
+                         help="one for each --adapter in their order; without it 1 each")
+    command.add_argument("--density", type=number, metavar="SHARE", default=1.0,
+                         help="of each update's entries this share stays, the largest; default 1")
     command.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
     args = parser.parse_args(argv)
     try:
-        count = merging.merge(args.model, args.adapter, args.out)
+        count = merging.merge(args.model, args.adapter, args.out, args.method, args.weight,
+                              args.density)
     except (ValueError, OSError) as error:
-        stop("lora.py", ValueError(f"merging {args.adapter} into {args.model}: {error}"))
+        stop("lora.py", ValueError(f"merging {', '.join(args.adapter)} into {args.model}: {error}"))
     print(f"{args.out}: {count} layers merged, opens like any Hugging Face folder")
 
 

@@ -1,11 +1,13 @@
 """Adapters into weights, folder to folder: no model is built, one shard is in memory at a time."""
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import deltas
 import durable
 import peft_config
 import peft_folder
@@ -13,21 +15,80 @@ import strict
 import weights
 
 
-def merge(model: str | Path, adapter: str | Path, out: str | Path) -> int:
-    """Writes `out`: the model folder with the adapter folded in, one shard in memory at a time.
+def merge(model: str | Path, adapters: Sequence[str | Path], out: str | Path,
+          method: str | None = None, factors: Sequence[float] = (), density: float = 1.0) -> int:
+    """Writes `out`: the model folder with the adapters folded in, one shard in memory at a time.
 
-    Sums in float32, stores the base's dtype, copies tokenizer and configs; the adapter's template
-    and generation_config.json replace the base's. Nothing lies in `out` before all of it does.
-    Returns the number of layers merged.
+    W + f(deltas) in each layer, of those adapters that have it: f is `method` of deltas.py, one
+    adapter needs none; no factors are 1 each. Sums in float32, stores the base's dtype, copies
+    tokenizer and configs; the first adapter's template and generation_config.json replace the
+    base's. Nothing lies in `out` before all of it does. Returns the number of layers merged.
     """
-    model, adapter, out = Path(model), Path(adapter), Path(out)
+    model, adapters, out = Path(model), [Path(a) for a in adapters], Path(out)
+    factors = list(factors) or [1.0] * len(adapters)
+    check_flags(adapters, method, factors, density)
     if out.is_symlink():
         raise ValueError(f"{out} is a link: give a folder of its own with --out")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty: choose another --out")
-    (config, layers), shards = peft_folder.read(adapter), weights.headers(model)
+    opened, shards = {a: peft_folder.read(a) for a in adapters}, weights.headers(model)
     if strict.read_json(model / "config.json").get("quantization_config"):
         raise ValueError(f"{model / 'config.json'} has a quantization_config: give the original")
+    for adapter, (config, layers) in opened.items():
+        check_fit(model, shards, adapter, config, layers)
+    names = sorted({name for _, layers in opened.values() for name in layers})
+    copied = [file for file in [*model.iterdir(), *adapters[0].iterdir()] if file.suffix in
+              (".json", ".jinja", ".model", ".txt") and "adapter" not in file.name
+              and strict.exists(file)]
+    with durable.folder(out) as part:
+        for path in shards:
+            tensors = load_file(path)
+            for name in tensors:
+                weights.check_finite(path, name, tensors[name])
+            for name in [n for n in names if f"{n}.weight" in tensors]:
+                weight, given, used = tensors[f"{name}.weight"], [], []
+                for factor, (adapter, (_, layers)) in zip(factors, opened.items(), strict=True):
+                    if name in layers:
+                        a, b, scale = layers[name]
+                        wide = torch.promote_types(a.dtype, torch.float32)
+                        given.append(scale * b.to(wide) @ a.to(wide))
+                        used.append(factor)
+                        weights.check_finite(adapter, f"{name}.weight's update", factor * given[-1])
+                update = deltas.METHODS[method or "linear"](given, used, density)
+                total = (weight.float() + update).to(weight.dtype)
+                weights.check_finite(adapters[0], f"{name}.weight, merged,", total)
+                tensors[f"{name}.weight"] = total
+            save_file(tensors, part / path.name, metadata={"format": "pt"})
+            tensors.clear()
+        for file in copied:
+            shutil.copyfile(file, part / file.name)
+    return len(names)
+
+
+def check_flags(adapters: Sequence[Path], method: str | None, factors: Sequence[float],
+                density: float) -> None:
+    """ValueError for flags that contradict each other, and for one that would change nothing."""
+    count = len(adapters)
+    if count > 1 and not method:
+        raise ValueError(f"found {count} times --adapter and no --method: give --method linear, "
+                         "their weighted sum, or --method ties")
+    if count < 2 and method:
+        raise ValueError(f"--method {method} merges several adapters, found one --adapter: give "
+                         "another, or leave --method out")
+    if len(factors) != count:
+        raise ValueError(f"found {len(factors)} times --weight and {count} times --adapter: give "
+                         "each adapter one weight, or none")
+    if len({adapter.resolve() for adapter in adapters}) < count:
+        raise ValueError("one folder is given twice with --adapter: give it once, and its --weight")
+    if odd := [factor for factor in factors if not -1000 <= factor <= 1000]:
+        raise ValueError(f"--weight: found {odd[0]:g}, expected a number from -1000 to 1000")
+    if not 0 < density <= 1:
+        raise ValueError(f"--density: found {density:g}, expected above 0 and up to 1")
+
+
+def check_fit(model: Path, shards: dict[Path, weights.Header], adapter: Path, config: dict,
+              layers: dict[str, tuple]) -> None:
+    """ValueError where an adapter was trained on another base, or fits this one only in part."""
     shapes = {n: s for found in shards.values() for n, s in found.items()}
     want = {f"{name}.weight": (len(b), a.shape[1]) for name, (a, b, _) in layers.items()}
     if odd := sorted(name for name in want if shapes.get(name) != want[name]):
@@ -42,21 +103,3 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path) -> int:
         with safe_open(path, "pt") as file:
             rows |= {n: file.get_slice(f"{n}.weight")[:1] for n in layers if f"{n}.weight" in found}
     peft_folder.check_base(adapter, config, rows)
-    copied = [file for file in [*model.iterdir(), *adapter.iterdir()] if "adapter" not in file.name
-              and file.suffix in (".json", ".jinja", ".model", ".txt") and strict.exists(file)]
-    with durable.folder(out) as part:
-        for path in shards:
-            tensors = load_file(path)
-            for name in tensors:
-                weights.check_finite(path, name, tensors[name])
-            for name in [n for n in layers if f"{n}.weight" in tensors]:
-                (a, b, scale), weight = layers[name], tensors[f"{name}.weight"]
-                wide = torch.promote_types(a.dtype, torch.float32)
-                total = (weight.float() + scale * b.to(wide) @ a.to(wide)).to(weight.dtype)
-                weights.check_finite(adapter, f"{name}.weight, merged,", total)
-                tensors[f"{name}.weight"] = total
-            save_file(tensors, part / path.name, metadata={"format": "pt"})
-            tensors.clear()
-        for file in copied:
-            shutil.copyfile(file, part / file.name)
-    return len(layers)

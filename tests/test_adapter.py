@@ -11,8 +11,8 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_weights import shard
 from test_lora import FIRST, adapted, logits
+from test_weights import shard
 
 import lora
 import merging
@@ -255,7 +255,7 @@ def test_a_merged_folder_is_the_adapted_model(tmp_path, capsys, sharded):
     """float32 logits within 1e-5; tokenizer and chat template come along, a second copy of the
     weights under other names does not.
 
-    Red: merging.py:merge: `+ scale * b.to(wide)` -> `+ b.to(wide)`
+    Red: merging.py:merge: `scale * b.to(wide)` -> `b.to(wide)`
     Red: merging.py:merge: `for path in shards:` -> `for path in model.glob("*.safetensors"):`
     """
     arguments, want = folders(tmp_path)
@@ -293,14 +293,14 @@ def test_an_adapter_goes_onto_its_own_base_in_any_dtype_and_onto_no_other(tmp_pa
     Red: peft_folder.py:check_base: `not in (None, fingerprint(rows))` -> `== 0`
     Red: peft_folder.py:check_base: `(None, ` -> `(`
     Red: peft_folder.py:fingerprint: `torch.bfloat16)` -> `rows[name].dtype)`
-    Red: merging.py:merge: `peft_folder.check_base(adapter, config, rows)` -> `pass`
+    Red: merging.py:check_fit: `peft_folder.check_base(adapter, config, rows)` -> `pass`
     Red: lora.py:load: `    peft_folder.check_base(folder` -> `    str(folder`
     """
     folders(tmp_path)
 
     def use(out: str) -> None:
         if command == "merge":
-            merging.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / out)
+            merging.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / out)
         else:
             lora.load(model.load(tmp_path / "base", torch.float32), tmp_path / "adapter")
 

@@ -1,4 +1,4 @@
-"""Families E02 to E16: adapter folders that do not fit, are damaged, or lie."""
+"""Families E02 to E17: adapter folders that do not fit, are damaged, or lie."""
 from pathlib import Path
 
 from faults.case import (
@@ -179,7 +179,7 @@ def merged(place: Path) -> None:
     """model/ is the merged model already."""
     import merging
 
-    merging.merge(place / "model", place / "adapter", place / "new")
+    merging.merge(place / "model", [place / "adapter"], place / "new")
     (place / "model").rename(place / "old")
     (place / "new").rename(place / "model")
 
@@ -242,8 +242,46 @@ def bases() -> list[Case]:
              "data.jsonl;is a file"),
         Case("E13 the adapter is the model", "evaluate", None, "--adapter DIR/model",
              "model;adapter_config.json"),
-        Case("E13 the adapter is a hub id", "lora", None, "--adapter no/such", "no/such")]
+        Case("E13 the adapter is a hub id", "lora", None, "ONLY merge --model DIR/model --adapter "
+             "no/such --out DIR/merged", "no/such;adapter_config.json")]
+
+
+def second(place: Path) -> None:
+    """again/ is another adapter of model/, on fewer layers."""
+    import torch
+
+    import lora
+    import model
+
+    net = model.load(place / "model", torch.float32)
+    lora.inject(net, 3, 1.5, ["q_proj", "v_proj"])
+    for layer in lora.adapters(net).values():
+        layer.lora_B.data.fill_(0.1)
+    lora.save(net, place / "again", "my/base")
+
+
+def several_adapters() -> list[Case]:
+    """E17: flags of merging two."""
+    two, out = "--adapter DIR/again", []
+    for flags, words in (
+            ("--method ties --density 0.2", ""),
+            ("--method linear --weight 1 --weight -0.5", ""),
+            ("", "--method"), ("--method dare", "--method; dare; ties"),
+            ("--method ties --weight 1", "--weight"),
+            ("--method ties --density 0", "--density"),
+            ("--method ties --density nan", "--density; nan"),
+            ("--method ties --weight inf --weight 1", "--weight; inf"),
+            ("--method ties --weight 1 --weight 1 --weight 1 --adapter DIR/other",
+             "other; down_proj")):
+        out.append(Case(f"E17 merging two, {flags or 'without a word'}", "lora", second,
+                        f"{two} {flags}", words or "14 layers merged", "R" if words else "V"))
+    return [*out, Case("E17 merging one by ties", "lora", None, "--method ties", "one --adapter"),
+            Case("E17 merging one, trimmed", "lora", None, "--density 0.5", "14 layers", "V"),
+            Case("E17 merging one twice", "lora", None, "--method ties --adapter DIR/adapter/",
+                 "twice"),
+            Case("E17 merging a link to itself", "lora", link("again", "adapter"),
+                 f"--method ties {two}", "twice")]
 
 
 def cases() -> list[Case]:
-    return [*settings(), *weights(), *weight_files(), *bases()]
+    return [*settings(), *weights(), *weight_files(), *bases(), *several_adapters()]

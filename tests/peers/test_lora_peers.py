@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import merge_utils
 from test_model_peers import float64_islands, ids, near, peer, random_peer
 from transformers import AutoModelForCausalLM
 
+import deltas
 import lora
 import merging
 import model
@@ -137,7 +139,7 @@ def test_initialisations_that_change_the_base_are_refused(tmp_path, init):
 def test_a_merged_folder_opens_in_transformers(tmp_path, kind, dtype, tied):
     """The adapted model's logits within 1e-5; a bfloat16 base stays one.
 
-    Red: merging.py:merge: `+ scale * b.to(wide)` -> `+ b.to(wide)`
+    Red: merging.py:merge: `scale * b.to(wide)` -> `b.to(wide)`
     """
     random_peer(tmp_path / "float32", model_type=kind, tie_word_embeddings=tied)
     model.save(model.load(tmp_path / "float32", dtype), tmp_path / "base")
@@ -162,7 +164,7 @@ def test_a_sharded_folder_of_transformers_is_merged_shard_by_shard(tmp_path):
     want = from_peft(tmp_path, CONFIGS["plain"])
     peer(tmp_path / "base", torch.float32, "sdpa").save_pretrained(
         tmp_path / "shards", max_shard_size="100KB")
-    merging.merge(tmp_path / "shards", tmp_path / "adapter", tmp_path / "out")
+    merging.merge(tmp_path / "shards", [tmp_path / "adapter"], tmp_path / "out")
     index = "model.safetensors.index.json"
     files = set(json.loads((tmp_path / "out" / index).read_text())["weight_map"].values())
     assert len(files) > 2 and files == {f.name for f in (tmp_path / "out").glob("*.safetensors")}
@@ -184,3 +186,28 @@ def test_merged_weights_are_those_of_peft(tmp_path, config):
     for name, weight in theirs.state_dict().items():
         near(net.state_dict()[name], weight, 1e-14)
     near(logits(net), logits(theirs.eval()), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (0.5, 2.0, 1.0), (1.0, -0.5)])
+@pytest.mark.parametrize("density", [0.25, 0.5, 1.0])
+@pytest.mark.filterwarnings("ignore:The density")
+def test_deltas_are_merged_as_by_the_steps_of_peft(dtype, factors, density):
+    """prune, elect and merge of merge_utils on dense deltas, each weighted before the vote: 1e-6.
+
+    Its own ties() votes first and weighs then, the same with equal weights alone; it keeps
+    int(density n) and where all cancel elects +, neither of which these deltas meet.
+    Red: deltas.py:ties: `agree.sum(0).clamp(min=1)` -> `len(deltas)`
+    Red: deltas.py:linear: `w * trim` -> `trim`
+    """
+    generator, weights = torch.Generator().manual_seed(0), torch.tensor(factors, dtype=dtype)
+    given = [torch.randn(32, 24, generator=generator).to(dtype) for _ in factors]
+    near(deltas.linear(given, factors, density),
+         merge_utils.magnitude_prune(given, weights, density), 1e-6)
+    pruned = torch.stack([w * merge_utils.prune(d, density, "magnitude")
+                          for w, d in zip(factors, given, strict=True)])
+    found = deltas.ties(given, factors, density)
+    sign = merge_utils.calculate_majority_sign_mask(pruned, "total")
+    near(found, merge_utils.disjoint_merge(pruned, sign), 1e-6)
+    if len(set(factors)) == 1:
+        near(found, merge_utils.ties(given, weights, density), 1e-6)
