@@ -1,8 +1,8 @@
 """From files with weights to held-out units and an endless stream of batches.
 
 A file is FILE or FILE:WEIGHT, the weight being passes per epoch. Prompts are held out over all
-files together, so that none of theirs is trained on under another file's name. A large .jsonl is
-read when training reaches its rows; until then it is known by a sample, which is held out of too.
+files, so that none is trained on under another file's name. A large .jsonl is read when training
+reaches its rows; until then it is known by a sample, which is held out of too.
 """
 import json
 import os
@@ -56,8 +56,8 @@ def load_data(config: Config, chat: tokens.Chat, reads: str) -> tuple:
             f"nothing is left to train on with --loss {config.loss}. {'. '.join(told)}. Dropped: "
             f"{len(dropped)} rows{such}. Raise --max_length, give --truncate_prompt true, lower "
             f"--held_out, raise FILE:WEIGHT, or choose data that {config.loss} can read")
-    test = data.grouped([e for f in found for e in f[0] if e.prompt in held
-                         and (e.kind != "prompt" or reads == "prompts")])
+    test = data.grouped([e for f in found for e in f[0] if e.prompt in held and (
+        e.kind != "prompt" or reads == "prompts")])
     return files, [w for _, w in specs], test, told, dropped, size
 
 

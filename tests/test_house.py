@@ -30,10 +30,10 @@ CAPS = {
     "backward.py": 330, "packing.py": 120,
     "model.py": 360, "config.py": 150, "generate.py": 185, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 160,
-    "report.py": 180, "parallel.py": 120, "mixture.py": 100, "lines.py": 125, "reference.py": 115,
+    "report.py": 180, "parallel.py": 120, "mixture.py": 105, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,
     "heads.py": 80, "scoring.py": 70, "rewards.py": 120, "update.py": 140,
-    "page.py": 240, "questions.py": 175, "rollouts.py": 190, "train.py": 300, "README.md": 150}
+    "page.py": 245, "questions.py": 175, "rollouts.py": 190, "train.py": 300, "README.md": 150}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")
                         for p in ROOT.glob(f"{folder}/*.py"))]
@@ -99,10 +99,10 @@ def test_no_kwargs_star_imports_bare_excepts_or_mutable_defaults(name):
 
 @pytest.mark.parametrize("name", CODE)
 def test_every_parameter_is_used(name):
-    """Lambdas are free: they fill a slot whose arguments others need.
+    """Lambdas and a parameter called _ are free: they fill a slot whose arguments others need.
     Red: losses.py:sft: `logps: Tensor` -> `logps: Tensor, beta: float`"""
     for f in nodes(name, ast.FunctionDef):
-        given = {p.arg for p in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)} - {"self"}
+        given = {p.arg for p in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)} - {"self", "_"}
         assert given <= {n.id for n in ast.walk(f) if isinstance(n, ast.Name)}, f.name
 
 
