@@ -37,6 +37,7 @@ def final(text: str) -> str:
 def each(function: Callable[[str, str, str], float], name: str) -> Reward:
     """A Reward that asks `function` about one response at a time.   ValueError for no number."""
     def reward(prompts: Sequence, responses: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """One number each; a response is shown where its number is none."""
         out = []
         for prompt, response, answer in zip(prompts, responses, answers, strict=True):
             earned = function(prompt[-1][1], response, answer)
