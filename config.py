@@ -41,6 +41,7 @@ class Config:
     lora_alpha: float = flag(16.0, "scale times rank")
     lora_dropout: float = flag(0.0, "dropout before the adapters")
     lora_targets: tuple[str, ...] = flag(TARGETS, "layers to adapt, or all-linear")
+    lora_l1: float = flag(0.0, "weight of the sum of |scale B A|: a sparse update, as in PAFT")
     weight_decay: float = flag(0.0, "AdamW's")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     label_smoothing: float = flag(0.0, "dpo: probability that a preference is wrong")
@@ -98,7 +99,7 @@ class Config:
             ("0 to 10^9", lambda x: 0 <= x <= 1e9,
              "steps held_out sample_tokens save_every seed hint_steps"),
             ("0 or more, up to 10^30", lambda x: 0 <= x <= 1e30,
-             "weight_decay desirable_weight undesirable_weight orpo_weight simpo_gamma "
+             "weight_decay lora_l1 desirable_weight undesirable_weight orpo_weight simpo_gamma "
              "center_rewards ppo_value_weight hint_weight discriminator_weight sft_weight"),
             ("two numbers LOW,HIGH with LOW < HIGH", is_range, "score_range")))
 

@@ -87,7 +87,7 @@ def held_out(
     batches = (tokens.collate([e for u in group for e in u])
                for group in tokens.micro_batches(units, budget))
     judged = hasattr(net, "score")
-    parts = [[scoring.judge(net, batch)] if judged else scoring.score(net, batch, reference=True)[:2]
+    parts = [[scoring.judge(net, batch)] if judged else scoring.score(net, batch, True)[:2]
              for batch in batches]
     net.train(training)
     logps, *others = (torch.cat(p).cpu() for p in zip(*parts, strict=True))

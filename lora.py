@@ -151,8 +151,9 @@ def remove(model: nn.Module) -> None:
 
 
 def save(model: nn.Module, folder: str | Path, base: str) -> None:
-    """Writes PEFT's adapter folder, and heads.py's file if there are heads; `base` is recorded as base_model_name_or_path.
+    """Writes PEFT's adapter folder, and heads.py's file where there is a head.
 
+    `base` is recorded as base_model_name_or_path.
     The scale is written as lora_alpha = scale * R with use_rslora false, which every reader
     understands; layers unlike the first are listed in rank_pattern and alpha_pattern.
     """

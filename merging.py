@@ -1,4 +1,5 @@
 """Adapters into weights, folder to folder: no model is built, one shard is in memory at a time."""
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import deltas
 import durable
+import heads
 import peft_config
 import peft_folder
 import strict
@@ -22,7 +24,8 @@ def merge(model: str | Path, adapters: Sequence[str | Path], out: str | Path,
     W + f(deltas) in each layer, of those adapters that have it: f is `method` of deltas.py, one
     adapter needs none; no factors are 1 each. Sums in float32, stores the base's dtype, copies
     tokenizer and configs; the first adapter's template and generation_config.json replace the
-    base's. Nothing lies in `out` before all of it does. Returns the number of layers merged.
+    base's. Of a reward model a ...ForSequenceClassification folder is made: its score for lm_head.
+    Nothing lies in `out` before all of it does. Returns the number of layers merged.
     """
     model, adapters, out = Path(model), [Path(a) for a in adapters], Path(out)
     factors = list(factors) or [1.0] * len(adapters)
@@ -36,6 +39,7 @@ def merge(model: str | Path, adapters: Sequence[str | Path], out: str | Path,
         raise ValueError(f"{model / 'config.json'} has a quantization_config: give the original")
     for adapter, (config, layers) in opened.items():
         check_fit(model, shards, adapter, config, layers)
+    score = heads.read(adapters[0]).get("score.weight")
     names = sorted({name for _, layers in opened.values() for name in layers})
     copied = [file for file in [*model.iterdir(), *adapters[0].iterdir()] if file.suffix in
               (".json", ".jinja", ".model", ".txt") and "adapter" not in file.name
@@ -58,11 +62,31 @@ def merge(model: str | Path, adapters: Sequence[str | Path], out: str | Path,
                 total = (weight.float() + update).to(weight.dtype)
                 weights.check_finite(adapters[0], f"{name}.weight, merged,", total)
                 tensors[f"{name}.weight"] = total
+            if score is not None:
+                tensors.pop("lm_head.weight", None)
+                tensors |= {"score.weight": score} if path == min(shards) else {}
             save_file(tensors, part / path.name, metadata={"format": "pt"})
             tensors.clear()
         for file in copied:
             shutil.copyfile(file, part / file.name)
+        if score is not None:
+            classify(part, min(shards).name)
     return len(names)
+
+
+def classify(folder: Path, first: str) -> None:
+    """Says in a written folder's json files that it is a reward model, its score in shard `first`.
+    """
+    config = strict.read_json(folder / "config.json")
+    kind = config["model_type"].capitalize() + "ForSequenceClassification"
+    found = {"config.json": config | {"architectures": [kind], "num_labels": 1}}
+    if (index := folder / "model.safetensors.index.json").is_file():
+        places = strict.read_json(index)
+        places["weight_map"] = {n: f for n, f in places["weight_map"].items()
+                                if n != "lm_head.weight"} | {"score.weight": first}
+        found[index.name] = places
+    for name, value in found.items():
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
 def check_flags(adapters: Sequence[Path], method: str | None, factors: Sequence[float],
@@ -78,6 +102,9 @@ def check_flags(adapters: Sequence[Path], method: str | None, factors: Sequence[
     if len(factors) != count:
         raise ValueError(f"found {len(factors)} times --weight and {count} times --adapter: give "
                          "each adapter one weight, or none")
+    if count > 1 and any(heads.read(adapter) for adapter in adapters):
+        raise ValueError("reward models, or policies with a value head, are not merged with "
+                         "others: give one --adapter")
     if len({adapter.resolve() for adapter in adapters}) < count:
         raise ValueError("one folder is given twice with --adapter: give it once, and its --weight")
     if odd := [factor for factor in factors if not -1000 <= factor <= 1000]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import backward
+import heads
 import strict
 import weights
 from architecture import ModelConfig
@@ -160,13 +161,20 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+def judges(config: ModelConfig) -> bool:
+    """Whether config.json is a reward model's, with one score instead of a next token."""
+    return "ForSequenceClassification" in str(config.raw.get("architectures"))
+
+
 class Transformer(nn.Module):
     """The language model; a tied one has no lm_head and reads its embedding instead."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config, self.model = config, Decoder(config)
-        if not config.tie_word_embeddings:
+        if judges(config):
+            heads.attach(self, "score")
+        elif not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -214,7 +222,7 @@ class Transformer(nn.Module):
         return self.packed(packed, checkpointing)[packed.source], packed
 
     def token_logps(self, hidden_SD: Tensor, target_S: Tensor, temperature: float) -> Tensor:
-        """log softmax(logits / temperature) of the targets, (S,): the head runs a tile at a time."""
+        """log softmax(logits / temperature) of the targets, (S,): the head runs in tiles."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         hidden_SD = hidden_SD if temperature == 1 else hidden_SD / temperature  # logits are linear
         weight_VD = head.weight
@@ -293,12 +301,16 @@ def check_tensors(state: dict[str, Tensor], want: dict[str, Tensor],
         weights.check_finite(path, name, tensor)
 
 
-def load(folder: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Transformer:
+def load(folder: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu",
+         judge: bool = False) -> Transformer:
     """The checkpoint in `folder` as a frozen model in `dtype`: memory-mapped, never held twice.
 
-    ValueError names missing, unexpected, misshapen, quantised or non-finite tensors.
+    A reward model is loaded as a `judge` only. ValueError names missing, unexpected, misshapen,
+    quantised or non-finite tensors.
     """
     config, found = ModelConfig.from_folder(folder), weights.headers(Path(folder))
+    if judges(config) and not judge:
+        raise ValueError(f"{folder} is a reward model, which says no tokens: give it as --reward")
     if config.num_hidden_layers > (held := sum(map(len, found.values()))):
         raise ValueError(f"{Path(folder) / 'config.json'}: num_hidden_layers is "
                          f"{config.num_hidden_layers}, but the files hold {held} tensors in all")
@@ -330,7 +342,8 @@ def save(model: Transformer, folder: str | Path, source: str | Path | None = Non
         raise ValueError(f"{min(extra)} is no tensor of the checkpoint: merge and remove adapters")
     dtype, rope = str(next(iter(state.values())).dtype).split(".")[1], config.rope
     scaling = None if rope["rope_type"] == "default" else rope
-    raw = config.raw | {"architectures": [config.model_type.capitalize() + "ForCausalLM"],
+    kind = "ForSequenceClassification" if judges(config) else "ForCausalLM"
+    raw = config.raw | {"architectures": [config.model_type.capitalize() + kind],
                         "dtype": dtype, "torch_dtype": dtype, "rope_parameters": rope,
                         "rope_scaling": scaling, "rope_theta": rope["rope_theta"]}
     folder.mkdir(parents=True, exist_ok=True)

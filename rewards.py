@@ -56,13 +56,14 @@ class RewardModel:
     def __init__(self, folder: Path, config: Config) -> None:
         base, adapter = sources(folder)
         self.chat = tokens.Chat(base, "checkpoint", adapter)
-        self.net = model.load(base, getattr(torch, config.dtype), config.device).eval()
+        self.net = model.load(base, getattr(torch, config.dtype), config.device, judge=True)
         if adapter:
-            lora.load(self.net, adapter)
+            lora.load(self.net.eval(), adapter)  # its dropout is for training
         if not hasattr(self.net, "score"):
             raise ValueError(f"--reward {folder} has no score head: expected a run of --loss "
                              "reward_model, or a folder of ...ForSequenceClassification")
-        self.budget, self.longest = config.micro_batch_tokens, self.net.config.max_position_embeddings
+        self.budget = config.micro_batch_tokens
+        self.longest = self.net.config.max_position_embeddings
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[data.Messages], responses: Sequence[str],

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import evaluate
+import lora
 import losses
 import model
 import parallel
@@ -60,7 +61,7 @@ def train_step(
     """One update of the adapters on `units`, and its metrics.
 
     The gradient is that of sum(loss of every unit) / len(units), however the units are cut into
-    micro-batches. FloatingPointError before the update if loss or gradient is not finite.
+    micro-batches, and of lora_l1's penalty. FloatingPointError before the update if loss or gradient is not finite.
     """
     objective = LOSSES[config.loss]
     z0, units = reference_point(net, units, config)
@@ -74,13 +75,16 @@ def train_step(
         (each.sum() * float(number < own) / len(units)).backward()
         each = F.pad(each, (0, len(batch.ids) - len(each)))  # pairs have half as many as rows
         found.append(torch.stack([x for x in (each, *terms[:2]) if x is not None]).detach())
+    penalty = config.lora_l1 * lora.l1(net) if config.lora_l1 else 0.0
+    if config.lora_l1:  # every process has it whole, and their gradients are summed
+        (penalty / parallel.size()).backward()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     if lost := [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]:
         raise FloatingPointError(f"{len(lost)} adapter tensors get no gradient, first {lost[0]}")
     parallel.sum_gradients(trained)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
     each, logps, *refs = parallel.together(torch.cat(found[:own], 1), before, len(rows))
-    loss = each.sum().item() / len(units)  # only kto has waited for the device till now
+    loss = each.sum().item() / len(units) + float(penalty)
     if not math.isfinite(loss) or not norm.isfinite():
         grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
         bad = [n for n, g in grads.items() if not g.isfinite().all()]
