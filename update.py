@@ -61,7 +61,8 @@ def train_step(
     """One update of the adapters on `units`, and its metrics.
 
     The gradient is that of sum(loss of every unit) / len(units), however the units are cut into
-    micro-batches, and of lora_l1's penalty. FloatingPointError before the update if loss or gradient is not finite.
+    micro-batches, and of lora_l1's penalty. FloatingPointError before the update if loss or
+    gradient is not finite.
     """
     objective = LOSSES[config.loss]
     z0, units = reference_point(net, units, config)
