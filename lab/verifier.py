@@ -1,7 +1,7 @@
 """Rewards of the small world that a rule decides, for --reward lab.verifier:NAME.
 
     form      1 where the answer keeps every constraint of its prompt, else 0
-    content   1 where it is also right, else 0: sparse, the base earns it in few of a hundred answers
+    content   1 where it is also right, else 0: sparse, the base earns it seldom
     graded    the mean of the two
 `answer` is that of lab/data/prompts.jsonl: a pattern for each on a line of its own.
 """
