@@ -103,7 +103,8 @@ def test_every_parameter_is_used(name):
     Red: losses.py:sft: `logps: Tensor` -> `logps: Tensor, beta: float`"""
     for f in nodes(name, ast.FunctionDef):
         given = {p.arg for p in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)}
-        assert given - {"self", "_"} <= {n.id for n in ast.walk(f) if isinstance(n, ast.Name)}, f.name
+        used = {n.id for n in ast.walk(f) if isinstance(n, ast.Name)}
+        assert given - {"self", "_"} <= used, f.name
 
 
 @pytest.mark.parametrize("name", CODE)
