@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 import durable
+import heads
 import lora
 import model
 import strict
@@ -96,7 +97,8 @@ def test_table(gains: Mapping[str, Mapping]) -> str:
     return "\n".join(lines)
 
 
-def verdict(after: Mapping[str, float], gains: Mapping[str, Mapping]) -> str:
+def verdict(before: Mapping[str, float], after: Mapping[str, float],
+            gains: Mapping[str, Mapping]) -> str:
     """Tests and held-out numbers in words; a test moved if its interval leaves out zero."""
     lines = []
     for name, g in gains.items():
@@ -104,8 +106,9 @@ def verdict(after: Mapping[str, float], gains: Mapping[str, Mapping]) -> str:
         way = "rose" if low > 0 else "fell" if high < 0 else "did not clearly move"
         lines.append(f"{name} {way}, {g['before']:.1%} to {g['after']:.1%}")
     if "reward" in after:
-        lines.append(f"reward of held-out prompts {after['reward']:.3f}, {after['kl']:.2f} nats "
-                     "from the reference")
+        way = "rose" if after["reward"] > before["reward"] else "did not rise"
+        lines.append(f"reward of held-out prompts {way}, {before['reward']:.3f} to "
+                     f"{after['reward']:.3f}, {after['kl']:.2f} nats from the reference")
     for kind in KINDS:
         if (change := after.get(f"dlogp/{kind}")) is not None:
             way = "rose" if change > 0 else "fell"
@@ -138,10 +141,11 @@ def closing(results: Mapping, folder: Path, out: Path) -> str:
 
 def next_commands(folder: Path, out: Path) -> str:
     """How to use what the run left."""
+    use = (f"reward  python train.py --loss ppo --reward {out} --model ..."
+           if "score.weight" in heads.read(out / "adapter") else
+           f"sample  python generate.py --model {folder} --adapter {out / 'adapter'} --prompt TEXT")
     return (f"adapter {out / 'adapter'}   metrics {out / 'metrics.jsonl'}\n"
-            f"report  {out / 'report.html'}\n"
-            f"sample  python generate.py --model {folder} --adapter {out / 'adapter'} "
-            "--prompt TEXT\n"
+            f"report  {out / 'report.html'}\n{use}\n"
             f"merge   python lora.py merge --model {folder} --adapter {out / 'adapter'} "
             f"--out {out / 'merged'}")
 

@@ -186,7 +186,7 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
     with durable.folder(out / "adapter") as part:
         lora.save(net, part, config.model)
         chat.save(part)
-    results |= {"verdict": report.verdict(results["held_out"]["after"], results["tests"]),
+    results |= {"verdict": report.verdict(*results["held_out"].values(), results["tests"]),
                 "seconds": time.perf_counter() - began}
     report.write_json(out / "results.json", results)
     page.write(out)

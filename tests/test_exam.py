@@ -69,7 +69,7 @@ def test_results_are_the_gains_from_base_to_adapter(base, files, tests, tmp_path
     assert held["before"]["dlogp/scored"] == 0 != held["after"]["dlogp/scored"]
     told = capsys.readouterr().out
     assert report.test_table(found["tests"]) in told and report.verdict(
-        held["after"], found["tests"]) == found["verdict"] in told
+        *held.values(), found["tests"]) == found["verdict"] in told
 
 
 def test_a_resumed_run_is_asked_of_the_base_before(base, files, tests, tmp_path):
@@ -153,7 +153,7 @@ def test_a_test_moved_if_its_interval_leaves_out_zero():
     Red: report.py:verdict: `if high < 0` -> `if low < 0`"""
     wide = GAINS["a correct"] | {"interval": [-0.1, 0.6]}
     worse = GAINS["a correct"] | {"interval": [-0.6, -0.1]}
-    told = report.verdict({}, GAINS | {"c": wide, "d": worse}).split("; ")
+    told = report.verdict({}, {}, GAINS | {"c": wide, "d": worse}).split("; ")
     assert told == ["a correct rose, 25.0% to 50.0%", "b mc2 did not clearly move, 50.0% to 25.0%",
                     "c did not clearly move, 25.0% to 50.0%", "d fell, 25.0% to 50.0%"]
 

@@ -30,10 +30,10 @@ CAPS = {
     "backward.py": 330, "packing.py": 120,
     "model.py": 360, "config.py": 150, "generate.py": 185, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 160,
-    "report.py": 180, "parallel.py": 120, "mixture.py": 105, "lines.py": 125, "reference.py": 115,
+    "report.py": 190, "parallel.py": 120, "mixture.py": 105, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,
     "heads.py": 80, "scoring.py": 70, "rewards.py": 120, "update.py": 140,
-    "page.py": 245, "questions.py": 175, "rollouts.py": 190, "train.py": 300, "README.md": 150}
+    "page.py": 245, "questions.py": 175, "rollouts.py": 190, "train.py": 300, "README.md": 175}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")
                         for p in ROOT.glob(f"{folder}/*.py"))]
