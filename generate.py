@@ -1,8 +1,7 @@
 """Sampling from the policy: the next token, batches of responses, and a small chat command.
 
-Prompts are read without padding, those of one length at a time; then every row of the batch takes
-one token a step, and rows that have ended leave. In the cache the rows end together, so the short
-ones begin later. Letters: B rows, T tokens, D width, V vocabulary.
+Prompts are read without padding, those of one length at a time; then each row takes a token a step
+until it ends and leaves the batch.   Letters: B rows, T tokens, D width, V vocabulary.
 
     python generate.py --model DIR [--adapter DIR] --prompt "Once upon a time" --template plain
 """
@@ -55,13 +54,14 @@ def read(net: model.Transformer, prompts: Sequence[Sequence[int]],
     longest, device, found = max(map(len, prompts)), next(net.parameters()).device, {}
     for length in {len(p) for p in prompts}:
         rows = [i for i, p in enumerate(prompts) if len(p) == length]
-        hidden_BTD, cache = net.extend(torch.tensor([prompts[i] for i in rows], device=device), None)
+        ids_BT = torch.tensor([prompts[i] for i in rows], device=device)
+        hidden_BTD, cache = net.extend(ids_BT, None)
         for n, i in enumerate(rows):
             found[i] = hidden_BTD[n, -1], [
                 F.pad(past.kept[n], (0, 0, longest - length, 0)) for past in cache]
     order = [i for i in range(len(prompts)) for _ in range(copies)]
     first_B1 = torch.tensor([[longest - len(prompts[i])] for i in order], device=device)
-    hidden, caches = zip(*(found[i] for i in order), strict=True)
+    hidden, caches = zip(*map(found.get, order), strict=True)
     return torch.stack(hidden), [
         model.Past(torch.stack(layer), first_B1) for layer in zip(*caches, strict=True)]
 

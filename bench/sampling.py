@@ -10,6 +10,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -36,7 +37,7 @@ def ours(net: model.Transformer, prompts: list[list[int]], copies: int, new: int
 
 def theirs(net: torch.nn.Module, prompts: list[list[int]], copies: int, new: int,
            temperature: float) -> list[list[int]]:
-    """The same by transformers."""
+    """The same by transformers, which repeats prompts before it reads them."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -48,36 +49,46 @@ def theirs(net: torch.nn.Module, prompts: list[list[int]], copies: int, new: int
     return said[:, longest:].tolist()
 
 
-def rate(run: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
-    """Tokens per CPU-second of one call, and what it said."""
+def turn(sampler: Callable, given: tuple) -> tuple[float, list[list[int]]]:
+    """(tokens per CPU-second of one call, what it said)."""
     began = time.process_time()
-    said = run()
+    said = sampler(*given)
     return sum(map(len, said)) / (time.process_time() - began), said
+
+
+def compare(net: model.Transformer, peer: torch.nn.Module, given: tuple,
+            turns: int) -> tuple[float, float, int]:
+    """(our rate, theirs, how many responses of the first turn are alike)."""
+    taken = [(turn(ours, (net, *given)), turn(theirs, (peer, *given))) for _ in range(turns)]
+    here, there = (median(pair[i][0] for pair in taken) for i in range(2))
+    return here, there, sum(map(list.__eq__, taken[0][0][1], taken[0][1][1]))
+
+
+def load(folder: Path) -> tuple[model.Transformer, torch.nn.Module]:
+    """The model here and there, in float32; neither ends early."""
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    peer.generation_config.eos_token_id = None
+    return model.load(folder, torch.float32), peer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=work.SHAPES, default="small")
     parser.add_argument("--new", type=int, default=64, help="tokens of a response")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    folder = work.make("small", work.FOLDER)
-    net = model.load(folder, torch.float32)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    peer.generation_config.eos_token_id = None
+    net, peer = load(work.make(options.model, work.FOLDER))
     for name, (count, copies) in PROMPTS.items():
         prompts = make_prompts(count, net.config.vocab_size)
-        lengths = f"{min(map(len, prompts))} to {max(map(len, prompts))} tokens"
+        print(f"{name}, of {min(map(len, prompts))} to {max(map(len, prompts))} tokens")
         for temperature in (0.0, 1.0):
-            turns = [[rate(lambda f=f, n=n: f(n, prompts, copies, options.new, temperature))  # noqa: B023
-                      for f, n in ((ours, net), (theirs, peer))] for _ in range(options.turns)]
-            here, there = (median(turn[i][0] for turn in turns) for i in range(2))
-            same = sum(a == b for a, b in zip(turns[0][0][1], turns[0][1][1], strict=True))
-            print(f"{name} of {lengths}, temperature {temperature:g}: {here:.0f} tokens per "
-                  f"CPU-second, transformers {there:.0f}, ratio {here / there:.2f}"
-                  + f"; {same} of {count * copies} responses alike" * (not temperature), flush=True)
+            given = (prompts, copies, options.new, temperature)
+            here, there, alike = compare(net, peer, given, options.turns)
+            print(f"  temperature {temperature:g}: {here:.0f} tokens per CPU-second, transformers "
+                  f"{there:.0f}, ratio {here / there:.2f}; {alike} responses alike", flush=True)
 
 
 if __name__ == "__main__":

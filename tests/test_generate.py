@@ -54,8 +54,7 @@ def test_a_batch_answers_as_each_prompt_alone_and_as_without_a_cache(changes):
 
 def test_a_response_ends_with_the_first_stop_token():
     """Any of the stop ids ends it; nothing follows; the others go on.
-    Red: generate.py:sample: `[i][-1] not in stop_ids` -> `[i][-1] != min(stop_ids)`
-    Red: generate.py:sample: `if i in going:` -> `if rows:`"""
+    Red: generate.py:sample: `[i][-1] not in stop_ids` -> `[i][-1] != min(stop_ids)`"""
     net = tiny.transformer()
     free = generate.sample(net, PROMPTS, 9, ())
     stops = {free[0][2], free[2][4]}
@@ -96,7 +95,7 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_answer(monkeypatch):
 def test_copies_are_the_prompt_asked_as_often_and_read_once(changes, monkeypatch):
     """At temperature 0, side by side. Every token of a prompt is read once.
     Red: generate.py:read: `for i in range(len(prompts))` -> `for i in [0, 2, 1, 3]`
-    Red: generate.py:sample: `(net, prompts, copies)` -> `(net, sorted(prompts * copies, key=prompts.index), 1)`
+    Red: generate.py:sample: `= read(net` -> `= read(net, prompts, 1) and read(net`
     Red: generate.py:read: `(p) == length` -> `(p) >= length`"""
     net = tiny.transformer(**changes)
     want = generate.sample(net, [p for p in PROMPTS for _ in range(3)], 9, ())
@@ -295,7 +294,7 @@ def test_a_response_ends_where_the_context_does_and_a_full_context_is_refused():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_give_no_token(temperature):
     """The likeliest of NaN would be the first.
-    Red: generate.py:next_token: `if not logits_BV.isfinite().all()` -> `if 0`"""
+    Red: generate.py:next_token: `if not logits_BV.sum(-1).isfinite().all()` -> `if 0`"""
     with pytest.raises(ValueError, match="logits are not finite"):
         generate.next_token(torch.tensor([[0.0, math.nan]]), temperature, 1.0, None)
 

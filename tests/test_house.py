@@ -28,7 +28,7 @@ CAPS = {
     "vocabulary.py": 120, "templates.py": 130,
     "peft_folder.py": 110, "merging.py": 80, "architecture.py": 110, "backward.py": 330,
     "packing.py": 120,
-    "model.py": 330, "config.py": 125, "generate.py": 170, "evaluate.py": 190, "exam.py": 80,
+    "model.py": 330, "config.py": 125, "generate.py": 185, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 90,
     "report.py": 175, "parallel.py": 120, "mixture.py": 100, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,
