@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--model", choices=work.SHAPES, default="small")
     parser.add_argument("--new", type=int, default=64, help="tokens of a response")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="more spin in wait")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     net, peer = load(work.make(options.model, work.FOLDER))
