@@ -1,8 +1,7 @@
 """Sampling from the policy: the next token, batches of responses, and a small chat command.
 
-Rows of a batch stay aligned without padding: all prompts are read up to the length of the shortest,
-then every row takes one token a step, its own prompt's as long as that lasts, a sampled one after.
-Letters: B rows, V vocabulary.
+Prompts are read without padding, those of one length at a time; then each row takes a token a step
+until it ends and leaves the batch.   Letters: B rows, T tokens, D width, V vocabulary.
 
     python generate.py --model DIR [--adapter DIR] --prompt "Once upon a time" --template plain
 """
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Collection, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import config
@@ -21,38 +21,56 @@ import tokens
 from command import Parser, check, number, stop, whole
 from strict import show
 
+CROWDED = 0.75  # the share of a batch that must go on, else the rows that ended leave it
 
-def next_token(
-    logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
-) -> Tensor:
+
+def next_token(logits_BV: Tensor, temperature: float, top_p: float,
+               generator: torch.Generator | None) -> Tensor:
     """One token id per row, (B,): greedy at temperature 0, else a draw from softmax(logits / T).
 
-    top_p < 1 draws from the smallest set of tokens whose probability reaches top_p. ValueError for
-    logits that are not finite, of which no token is the likeliest.
+    top_p < 1 draws from the smallest set of tokens whose probability reaches top_p. A row takes
+    one uniform number. ValueError for logits that are not finite: no token is the likeliest.
     """
-    if not logits_BV.isfinite().all():
+    if not logits_BV.sum(-1).isfinite().all():
         raise ValueError("the model's logits are not finite: its weights or adapter are damaged")
     if temperature == 0:
         return logits_BV.argmax(-1)
-    probs, ids = (logits_BV / temperature).softmax(-1).sort(-1, descending=True)
-    before = probs.cumsum(-1) - probs
-    probs = probs.masked_fill(before >= top_p, 0)
-    place = generator.device if generator else probs.device
-    drawn = torch.multinomial(probs.to(place), 1, generator=generator).to(probs.device)
-    return ids.gather(-1, drawn)[:, 0]
+    probs, ids = (logits_BV / temperature).softmax(-1), None
+    if top_p < 1:
+        probs, ids = probs.sort(-1, descending=True)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
+    # a GPU's float32 sums can fall by a rounding: a token of no probability could be drawn
+    sums = probs.cumsum(-1, dtype=torch.float64 if probs.is_cuda else probs.dtype)
+    place = generator.device if generator else "cpu"
+    u = torch.rand(len(sums), 1, generator=generator, dtype=sums.dtype, device=place)
+    drawn = torch.searchsorted(sums, u.to(sums.device) * sums[:, -1:], right=True)
+    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
+
+
+def read(net: model.Transformer, prompts: Sequence[Sequence[int]],
+         copies: int) -> tuple[Tensor, model.Cache]:
+    """(last hidden states (B, D), cache) of the prompts, the copies of each side by side, each read
+    once, together with those of its length. In the cache all end at one place."""
+    longest, device, found = max(map(len, prompts)), next(net.parameters()).device, {}
+    for length in {len(p) for p in prompts}:
+        rows = [i for i, p in enumerate(prompts) if len(p) == length]
+        ids_BT = torch.tensor([prompts[i] for i in rows], device=device)
+        hidden_BTD, cache = net.extend(ids_BT, None)
+        for n, i in enumerate(rows):
+            found[i] = hidden_BTD[n, -1], [
+                F.pad(past.kept[n], (0, 0, longest - length, 0)) for past in cache]
+    order = [i for i in range(len(prompts)) for _ in range(copies)]
+    first_B1 = torch.tensor([[longest - len(prompts[i])] for i in order], device=device)
+    hidden, caches = zip(*map(found.get, order), strict=True)
+    return torch.stack(hidden), [
+        model.Past(torch.stack(layer), first_B1) for layer in zip(*caches, strict=True)]
 
 
 @torch.no_grad()
-def sample(
-    net: model.Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> list[list[int]]:
-    """A response to each prompt: up to max_new_tokens ids, the last a stop id if one was drawn.
+def sample(net: model.Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+           stop_ids: Collection[int], temperature: float = 0.0, top_p: float = 1.0,
+           generator: torch.Generator | None = None, copies: int = 1) -> list[list[int]]:
+    """`copies` answers to each prompt, side by side: up to max_new_tokens ids, a stop id ends one.
 
     Draws are made on the generator's device. At temperature 0 a response does not depend on its
     batch, but for rounding (bfloat16 can turn a close choice). Adapters, if any, are on; dropout
@@ -67,35 +85,32 @@ def sample(
     if longest >= context:
         raise ValueError(f"a prompt has {longest} tokens, and the model's context of {context} "
                          "(max_position_embeddings) leaves no room for an answer: shorten it")
-    max_new_tokens = min(max_new_tokens, context - longest)
-    device, training = next(net.parameters()).device, net.training
+    max_new_tokens, training = min(max_new_tokens, context - longest), net.training
     net.eval()
-    responses: list[list[int]] = [[] for _ in prompts]
-    ids_BT = torch.tensor([list(p[: min(map(len, prompts))]) for p in prompts], device=device)
-    position, cache = ids_BT.shape[1], None
-    while any(open_rows := [len(r) < max_new_tokens and (not r or r[-1] not in stop_ids)
-                            for r in responses]):
-        hidden_BTD, cache = net.extend(ids_BT, cache)
-        drawn = next_token(net.logits(hidden_BTD[:, -1]), temperature, top_p, generator).tolist()
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if position < len(prompt):
-                drawn[i] = prompt[position]
-            elif open_rows[i]:
-                response.append(drawn[i])
-        ids_BT, position = torch.tensor(drawn, device=device)[:, None], position + 1
+    responses: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
+    rows = going = range(len(responses) if max_new_tokens else 0)
+    hidden_BD, cache = read(net, prompts, copies)
+    while going:
+        drawn_B = next_token(net.logits(hidden_BD), temperature, top_p, generator)
+        for i, token in zip(rows, drawn_B.tolist(), strict=True):
+            if i in going:
+                responses[i].append(token)
+        going = {i for i in going
+                 if len(responses[i]) < max_new_tokens and responses[i][-1] not in stop_ids}
+        if len(going) <= CROWDED * len(rows):
+            stay = [n for n, i in enumerate(rows) if i in going]
+            rows, drawn_B = [rows[n] for n in stay], drawn_B[stay]
+            cache = [model.Past(past.kept[stay], past.first_B1[stay]) for past in cache]
+        if going:
+            hidden_BTD, cache = net.extend(drawn_B[:, None], cache)
+            hidden_BD = hidden_BTD[:, -1]
     net.train(training)
     return responses
 
 
-def complete(
-    net: model.Transformer,
-    chat: tokens.Chat,
-    prompts: Sequence[tuple],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> list[str]:
+def complete(net: model.Transformer, chat: tokens.Chat, prompts: Sequence[tuple],
+             max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+             generator: torch.Generator | None = None) -> list[str]:
     """The text answered to each conversation, without its end token."""
     asked = [chat.prompt_ids(p) for p in prompts]
     answers = sample(net, asked, max_new_tokens, chat.stop_ids, temperature, top_p, generator)

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,28 @@ import weights
 from architecture import ModelConfig
 from packing import Packed, Segment, attend, attend_packed, pack, send
 
-Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, (B, G, T, K)
+ROOM = 128  # positions that a cache gets room for at one time
+
+
+class Past(NamedTuple):
+    """One layer's keys and, behind them, values, (B, 2G, T, K), the start of a `store` whose room
+    takes the next. A row begins at position first_B1, all at 0 if that is no tensor."""
+
+    kept: Tensor
+    first_B1: Tensor | int = 0
+    store: Tensor | None = None
+
+    def grow(self, new: Tensor) -> "Past":
+        """With the next ones, (B, 2G, T, K). Copies where no room is left, once in ROOM."""
+        start, end, store = self.kept.shape[2], self.kept.shape[2] + new.shape[2], self.store
+        if store is None or end > store.shape[2]:
+            store = new.new_empty(*new.shape[:2], end + ROOM, new.shape[3])
+            store[:, :, :start] = self.kept
+        store[:, :, start:end] = new
+        return Past(store[:, :, :end], self.first_B1, store)
+
+
+Cache = list[Past]  # one for each layer
 
 
 class Embedding(nn.Embedding):
@@ -97,13 +119,12 @@ class Attention(nn.Module):
         x_BTHK = getattr(self, name + "_proj")(x_BTD).unflatten(-1, (-1, self.size))
         return getattr(self, name + "_norm")(x_BTHK) if hasattr(self, name + "_norm") else x_BTHK
 
-    def forward(self, x_BTD: Tensor, tables: tuple, past: tuple | None) -> tuple:
+    def forward(self, x_BTD: Tensor, tables: tuple, past: Past | None) -> tuple:
         q, k, v = (self.project(x_BTD, name).transpose(1, 2) for name in "qkv")
         q, k = (backward.Rotate.apply(x, *tables) for x in (q, k))
-        if past is not None:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-        y_BHTK = attend(q, k, v, self.window)
-        return self.o_proj(y_BHTK.transpose(1, 2).flatten(2)), (k, v)
+        past = past.grow(torch.cat((k, v), 1)) if past else Past(torch.cat((k, v), 1))
+        y_BHTK = attend(q, *past.kept.chunk(2, 1), self.window, past.first_B1)
+        return self.o_proj(y_BHTK.transpose(1, 2).flatten(2)), past
 
     def packed(self, x_1ND: Tensor, tables: tuple, segments: list[Segment],
                kept: Tensor | None) -> Tensor:
@@ -193,10 +214,12 @@ class Transformer(nn.Module):
         return self.model.norm(x_1ND)[0]
 
     def extend(self, ids_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """Hidden states of T new positions behind those in `cache`, and the longer cache."""
+        """Hidden states of T positions behind `cache`, and the longer cache, which replaces it."""
         start, longer = cache[0][0].shape[2] if cache else 0, []
         positions_T = torch.arange(start, start + ids_BT.shape[1], device=ids_BT.device)
-        x_BTD, tables = self.embed(ids_BT, positions_T)
+        positions_BT = positions_T[None] - (cache[0].first_B1 if cache else 0)
+        x_BTD, tables = self.embed(ids_BT, positions_BT.flatten())
+        tables = [t.view(*positions_BT.shape, 1, -1).transpose(1, 2) for t in tables]
         for i, block in enumerate(self.model.layers):
             x_BTD, kept = block(x_BTD, tables, cache[i] if cache else None)
             longer.append(kept)

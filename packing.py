@@ -69,25 +69,30 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
-def attention_mask(queries: int, keys: int, window: int | None,
-                   device: torch.device) -> Tensor | None:
-    """(queries, keys) True where the last `queries` positions may look; None for plain causal."""
-    if queries in (1, keys) and (window is None or window >= keys):
+def attention_mask(queries: int, keys: int, window: int | None, device: torch.device,
+                   first_B1: Tensor | int = 0) -> Tensor | None:
+    """(queries, keys) True where the last `queries` positions may look; None for plain causal.
+    (B, 1, queries, keys) with a tensor first_B1, before which a row has nothing."""
+    if queries in (1, keys) and (window is None or window >= keys) and isinstance(first_B1, int):
         return None
     key = torch.arange(keys, device=device)
     query = key[keys - queries:, None]
-    return (key <= query) & (key > query - (window or keys))
+    seen = (key <= query) & (key > query - (window or keys))
+    return seen if isinstance(first_B1, int) else seen & (key >= first_B1[:, None, None])
 
 
-def attend(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int | None) -> Tensor:
+def attend(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, window: int | None,
+           first_B1: Tensor | int = 0) -> Tensor:
     """Causal attention of the last T positions, (B, H, T, K)."""
-    mask = attention_mask(q_BHTK.shape[2], k_BGTK.shape[2], window, q_BHTK.device)
-    causal = mask is None and q_BHTK.shape[2] > 1
-    if mask is not None:  # torch's fast kernels take a mask or grouped heads, not both
-        k_BGTK, v_BGTK = (x.repeat_interleave(q_BHTK.shape[1] // x.shape[1], 1)
-                          for x in (k_BGTK, v_BGTK))
+    shape, groups = q_BHTK.shape, k_BGTK.shape[1]
+    mask = attention_mask(shape[2], k_BGTK.shape[2], window, q_BHTK.device, first_B1)
+    causal = mask is None and shape[2] > 1
+    if shape[2] == 1:  # the heads of a group ask as one head with so many queries
+        q_BHTK = q_BHTK.reshape(shape[0], groups, -1, shape[3])
+    elif mask is not None:  # torch's fast kernels take a mask or grouped heads, not both
+        k_BGTK, v_BGTK = (x.repeat_interleave(shape[1] // groups, 1) for x in (k_BGTK, v_BGTK))
     return F.scaled_dot_product_attention(
-        q_BHTK, k_BGTK, v_BGTK, mask, is_causal=causal, enable_gqa=True)
+        q_BHTK, k_BGTK, v_BGTK, mask, is_causal=causal, enable_gqa=True).reshape(shape)
 
 
 def attend_packed(q_MHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, segments: list[Segment],

@@ -53,8 +53,8 @@ def respond(net: model.Transformer, chat: tokens.Chat, asked: Sequence[tokens.En
     prompts = [row.ids[:row.prompt_len] + hint
                for row, hint, end in zip(asked, given, ended, strict=True) if not end]
     drawn = iter(generate.sample(
-        net, [p for p in prompts for _ in range(config.group)], config.response_tokens,
-        chat.stop_ids, config.temperature, 1.0, seeded(config, step, "draws")))
+        net, prompts, config.response_tokens, chat.stop_ids, config.temperature, 1.0,
+        seeded(config, step, "draws"), config.group))
     return [hint + ([] if end else next(drawn)) for hint, end in zip(given, ended, strict=True)
             for _ in range(config.group)]
 
