@@ -330,4 +330,5 @@ def test_a_cell_of_the_tables_is_what_its_command_gives():
     found = experiment.run(tables.ARMS["uft"][0](setting, []), held["seeds"][0], "test")
     for name, value in held["rows"]["uft"][0].items():
         loose = 0.02 if name in ("nll", "mc2", "kl_text") else 0.1  # greedy words can flip
+        loose = 0.3 if name in ("kl_policy", "kl_base") else loose  # 120 samples
         assert found[name] == pytest.approx(value, rel=loose, abs=loose / 2), name
