@@ -12,8 +12,8 @@
     nll        of held-out demonstrations, in nats a row; pairs: held-out pairs in score order
 Both KLs are exact over the next token, along answers sampled from their first policy, one to each
 of SAMPLES prompts, cut at ANSWER tokens: another draw moves kl_policy by 0.15 nats and length by
-0.45 tokens (standard deviations; the records were drawn before sampling was made faster). Shares are between 0 and 1. Answers are greedy unless said
-to be sampled.
+0.45 tokens (standard deviations; the records were drawn before sampling was made faster). Shares
+are between 0 and 1. Answers are greedy unless said to be sampled.
 """
 import functools
 import re

@@ -130,6 +130,19 @@ def test_the_order_of_units_in_a_step_changes_no_gradient(loss):
     close(gradient(loss, other), gradient(loss, units))
 
 
+def test_the_l1_penalty_adds_its_own_slope_once_a_step():
+    """And its value to the logged loss, whatever the micro-batches.
+    Red: update.py:train_step: `penalty = config.lora_l1 * ` -> `penalty = `
+    Red: update.py:train_step: ` + float(penalty)` -> ``"""
+    units, net = units_of("uft"), policy()
+    penalty = lora.l1(net)
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(penalty, trained(net))])
+    metrics, moves = step(policy(), units, settings(lora_l1=0.1, micro_batch_tokens=1))
+    close(-moves, gradient("uft", units) + 0.1 * slope)
+    plain = step(policy(), units, settings())[0]["loss"]
+    assert metrics["loss"] == pytest.approx(plain + 0.1 * penalty.item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("loss", ["uft", "uft_bce", "una_binary"])
 def test_each_row_is_pulled_to_its_own_reward(loss):
     """A step's gradient is the mean of its rows' own, each with its reward.
