@@ -10,6 +10,10 @@ from command import Parser, check, low_high, number, stop, whole
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REPEATED = ("data", "test")  # flags given once for every file
+GROUPS = {  # of --help, by their first flag
+    "model": "what is trained, on what, and asked", "loss": "the step", "lora_r": "adapters",
+    "label_smoothing": "single losses", "reward": "rollouts, for losses that sample",
+    "dtype": "the machine and the run"}
 
 
 def flag(default: object, text: str) -> object:
@@ -24,38 +28,38 @@ class Config:
     model: str = flag("", "model folder or Hugging Face id")
     data: tuple[str, ...] = flag((), "FILE or FILE:WEIGHT, repeatable; WEIGHT is passes per epoch")
     test: tuple[str, ...] = flag((), "FILE of questions asked before and after, repeatable")
+    template: str = flag("checkpoint", "how conversations are written: %(choices)s")
+    max_length: int = flag(2048, "tokens of prompt and response; longer rows are dropped")
+    truncate_prompt: bool = flag(False, "cut long prompts from the left instead")
+    score_range: tuple[float, float] = flag((0.0, 1.0), "LOW,HIGH of a `score` column")
+    held_out: int = flag(64, "rows kept aside, by prompt, to measure before and after")
     loss: str = flag("uft", "what to minimise: %(choices)s")
     beta: float = flag(0.01, "scale of the implicit reward (paper: 0.01)")
     lr: float = flag(3e-5, "peak learning rate (paper: 3e-5)")
     warmup: float = flag(0.1, "share of the steps spent warming up, before a cosine to zero")
-    batch_size: int = flag(8, "loss terms a step: rows, or pairs")
+    batch_size: int = flag(8, "loss terms a step: rows, pairs, or prompts")
     micro_batch_tokens: int = flag(8192, "tokens a forward pass; changes no gradient")
     epochs: float = flag(1.0, "passes over the data, if --steps is 0")
     steps: int = flag(0, "optimizer steps")
-    max_length: int = flag(2048, "tokens of prompt and response; longer rows are dropped")
-    truncate_prompt: bool = flag(False, "cut long prompts from the left instead")
-    template: str = flag("checkpoint", "how conversations are written: %(choices)s")
-    score_range: tuple[float, float] = flag((0.0, 1.0), "LOW,HIGH of a `score` column")
-    held_out: int = flag(64, "rows kept aside, by prompt, to measure before and after")
+    weight_decay: float = flag(0.0, "AdamW's")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     lora_r: int = flag(16, "rank (paper: 16)")
     lora_alpha: float = flag(16.0, "scale times rank")
     lora_dropout: float = flag(0.0, "dropout before the adapters")
     lora_targets: tuple[str, ...] = flag(TARGETS, "layers to adapt, or all-linear")
     lora_l1: float = flag(0.0, "weight of the sum of |scale B A|: a sparse update, as in PAFT")
-    weight_decay: float = flag(0.0, "AdamW's")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     label_smoothing: float = flag(0.0, "dpo: probability that a preference is wrong")
     desirable_weight: float = flag(1.0, "kto: weight of good rows")
     undesirable_weight: float = flag(1.0, "kto: weight of bad rows")
     orpo_weight: float = flag(0.1, "orpo: weight of the odds ratio")
     simpo_gamma: float = flag(0.5, "simpo: margin")
     center_rewards: float = flag(0.0, "reward_model: weight of (score chosen + rejected)^2")
-    reward: str = flag("", "rollouts: exact, a reward model's folder, or MODULE:FUNCTION")
-    group: int = flag(8, "rollouts: responses to each prompt; a batch is --batch_size prompts")
-    response_tokens: int = flag(64, "rollouts: longest response")
-    temperature: float = flag(1.0, "rollouts: of the sampling, and of every log-prob in the loss")
-    updates: int = flag(1, "rollouts: optimizer updates a step, on the same responses")
-    clip: float = flag(0.2, "rollouts: how far a probability ratio may leave 1")
+    reward: str = flag("", "exact, a reward model's folder, or MODULE:FUNCTION")
+    group: int = flag(8, "responses to each prompt")
+    response_tokens: int = flag(64, "longest response")
+    temperature: float = flag(1.0, "of the sampling, and of every log-prob in the loss")
+    updates: int = flag(1, "optimizer updates a step, on the same responses")
+    clip: float = flag(0.2, "how far a probability ratio may leave 1")
     anchor: str = flag("ref", "una_online: r_theta is measured from %(choices)s")
     una_target: str = flag("score", "una_online: %(choices)s; sigmoid(r_theta) or r_theta to r")
     grpo_scale: str = flag("group", "grpo: std below the advantage, of %(choices)s")
@@ -129,8 +133,9 @@ def parse_flags(argv: Sequence[str] | None, choices: dict[str, Sequence[str]]) -
 
     choices limits flags to the names given. Exits with code 2 and a sentence on a wrong flag.
     """
-    usage = "train.py --model DIR --data FILE [--FLAG VALUE ...]   (see --help)"
-    parser = Parser("train.py", usage, allow_abbrev=False)
+    parser = group = Parser(
+        "train.py", "train.py --model DIR --data FILE [--FLAG VALUE ...]", allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100))
     read = {bool: (boolean, "BOOL"), int: (whole, "N"), float: (number, "X"), str: (str, "NAME"),
             tuple[str, ...]: (lambda text: tuple(text.split(",")), "A,B"),
             tuple[float, float]: (low_high, "LOW,HIGH")}
@@ -139,7 +144,9 @@ def parse_flags(argv: Sequence[str] | None, choices: dict[str, Sequence[str]]) -
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         if f.name in REPEATED:
             kind, shape, default = str, "FILE", []
-        parser.add_argument(
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        group.add_argument(
             f"--{f.name}", default=default, type=kind, metavar=shape, choices=choices.get(f.name),
             action="append" if f.name in REPEATED else "store",
             help=f.metadata["help"] + f" [{str(shown).lower()}]" * (shown != ""))

@@ -28,7 +28,7 @@ CAPS = {
     "vocabulary.py": 120, "templates.py": 130,
     "peft_folder.py": 110, "merging.py": 135, "deltas.py": 60, "architecture.py": 110,
     "backward.py": 330, "packing.py": 120,
-    "model.py": 400, "config.py": 150, "generate.py": 185, "evaluate.py": 190, "exam.py": 80,
+    "model.py": 400, "config.py": 160, "generate.py": 185, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 160,
     "report.py": 190, "parallel.py": 120, "mixture.py": 105, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,

@@ -294,3 +294,14 @@ def test_help_lists_every_flag_and_exits_with_zero(capsys):
         train.main(["--help"])
     told = capsys.readouterr().out
     assert stop.value.code == 0 and all(f"  --{f.name} " in told for f in fields(config.Config))
+
+
+def test_help_is_one_screen_with_every_group_and_the_papers_values(capsys):
+    """Red: config.py:parse_flags: `width=100` -> `width=40`
+    Red: config.py:parse_flags: `if f.name in GROUPS:` -> `if False:`"""
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    told = capsys.readouterr().out
+    assert len(told.splitlines()) <= 85 and max(map(len, told.splitlines())) <= 100
+    assert all(f"\n{title}:\n  --{name} " in told for name, title in config.GROUPS.items())
+    assert told.count("(paper: ") == 3
