@@ -65,7 +65,8 @@ def merge(model: str | Path, adapters: Sequence[str | Path], out: str | Path,
             if score is not None:
                 tensors.pop("lm_head.weight", None)
                 tensors |= {"score.weight": score} if path == min(shards) else {}
-            save_file(tensors, part / path.name, metadata={"format": "pt"})
+            if tensors:  # a shard may have held lm_head alone
+                save_file(tensors, part / path.name, metadata={"format": "pt"})
             tensors.clear()
         for file in copied:
             shutil.copyfile(file, part / file.name)
@@ -76,10 +77,17 @@ def merge(model: str | Path, adapters: Sequence[str | Path], out: str | Path,
 
 def classify(folder: Path, first: str) -> None:
     """Says in a written folder's json files that it is a reward model, its score in shard `first`.
+
+    transformers reads the score before trailing pads: a pad that ends responses is none any more.
     """
-    config = strict.read_json(folder / "config.json")
+    config, names = strict.read_json(folder / "config.json"), {"id2label": {"0": "LABEL_0"}}
     kind = config["model_type"].capitalize() + "ForSequenceClassification"
-    found = {"config.json": config | {"architectures": [kind], "num_labels": 1}}
+    ends = [given.get("eos_token_id") for given in (
+        config, strict.optional_json(folder / "generation_config.json"))]
+    if any(config.get("pad_token_id") in (e if type(e) is list else [e]) for e in ends):
+        names["pad_token_id"] = None
+    found = {"config.json": config | names | {
+        "architectures": [kind], "num_labels": 1, "label2id": {"LABEL_0": 0}}}
     if (index := folder / "model.safetensors.index.json").is_file():
         places = strict.read_json(index)
         places["weight_map"] = {n: f for n, f in places["weight_map"].items()

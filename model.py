@@ -319,8 +319,9 @@ def check_tensors(state: dict[str, Tensor], want: dict[str, Tensor],
     for name, tensor in state.items():
         path = next(path for path, header in found.items() if name in header)
         if tensor.shape != want[name].shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, config.json asks "
-                             f"for {tuple(want[name].shape)}")
+            asks = "a reward model" if name == "score.weight" else "config.json"
+            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, {asks} asks for "
+                             f"{tuple(want[name].shape)}")
         weights.check_finite(path, name, tensor)
 
 

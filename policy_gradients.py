@@ -64,9 +64,13 @@ def gae(
 
 
 def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over the places of the mask, zero elsewhere, (B, T)."""
+    """(x - mean) / sqrt(var + 1e-8) over the places of the mask, zero elsewhere, (B, T).
+
+    var has n - 1 below it, as TRL's; a single place gives 0, like places that agree.
+    """
     x = x_BT[mask_BT.bool()]
-    return (x_BT - x.mean()) / (x.var() + 1e-8).sqrt() * mask_BT
+    variance = x.var(correction=int(len(x) > 1))
+    return (x_BT - x.mean()) / (variance + 1e-8).sqrt() * mask_BT
 
 
 # Losses

@@ -26,7 +26,7 @@ CAPS = {
     "losses.py": 280, "policy_gradients.py": 250, "data.py": 350, "tokens.py": 300, "lora.py": 240,
     "strict.py": 120, "bounds.py": 120, "weights.py": 120, "peft_config.py": 80,
     "vocabulary.py": 120, "templates.py": 130,
-    "peft_folder.py": 110, "merging.py": 135, "deltas.py": 60, "architecture.py": 110,
+    "peft_folder.py": 110, "merging.py": 140, "deltas.py": 60, "architecture.py": 110,
     "backward.py": 330, "packing.py": 120,
     "model.py": 400, "config.py": 160, "generate.py": 185, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 160,

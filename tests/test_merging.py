@@ -1,5 +1,6 @@
-"""What merging several adapters promises: sums and TIES of deltas, and folders that hold them."""
+"""What merging promises: sums and TIES of deltas, the folders that hold them, reward models."""
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from test_lora import FIRST, seeded
 from torch import Tensor, nn
 
 import deltas
+import heads
 import lora
 import merging
 import model
+import scoring
+import tokens
+import weights
 
 
 def drawn(*seeds: int, shape: tuple[int, ...] = (6, 5)) -> list[Tensor]:
@@ -293,6 +298,153 @@ def test_an_update_that_overflows_is_refused_and_not_voted_away(place, capsys):
     with pytest.raises(SystemExit):
         merged(place, "--method", "ties")
     assert "a: model.layers.0.mlp.down_proj.weight's update holds" in capsys.readouterr().err
+
+
+def reward_model(place: Path, **changes) -> model.Transformer:
+    """Writes base/ and a reward model's adapter r/, both random."""
+    net = tiny.transformer(dtype=torch.float32, **changes)
+    model.save(net, place / "base")
+    lora.inject(net, 4, 8.0, generator=seeded(3))
+    heads.attach(net, "score").weight.data.copy_(torch.randn(1, tiny.D, generator=seeded(4)))
+    for layer in lora.adapters(net).values():
+        layer.lora_B.data.copy_(0.1 * torch.randn(layer.lora_B.shape, generator=seeded(5)))
+    lora.save(net, place / "r", "base")
+    return net.eval()
+
+
+def cut(folder: Path, shards: Sequence[Sequence[str]]) -> Path:
+    """The folder's tensors in several files and an index; the first has those not named."""
+    held = load_file(folder / "model.safetensors")
+    places = {n: next((i for i, part in enumerate(shards, 2) if n in part), 1) for n in held}
+    places = {n: f"model-{i}.safetensors" for n, i in places.items()}
+    for file in set(places.values()):
+        save_file({n: t for n, t in held.items() if places[n] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def told(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+@torch.no_grad()
+def judged(net: model.Transformer) -> Tensor:
+    ids, mask = tiny.batch()
+    return scoring.judge(net, tokens.Batch(ids, mask, torch.zeros(3), ("",) * 3, None))
+
+
+LAYOUTS = {"one file": (False, None), "tied": (True, None), "a shard of lm_head alone": (
+    False, [["lm_head.weight"]]), "lm_head first": (False, [["model.norm.weight"], [
+        "model.embed_tokens.weight"]]), "tied shards": (True, [["model.norm.weight"]])}
+
+
+@pytest.mark.parametrize("tied, shards", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_merged_reward_model_has_its_score_for_lm_head_and_the_same_scores(tmp_path, tied,
+                                                                             shards):
+    """The index and the files hold every tensor once, and config.json says what it is.
+
+    Red: merging.py:merge: `tensors |= {"score.weight": score} if path` -> `tensors |= {} if path`
+    Red: merging.py:merge: `tensors.pop("lm_head.weight", None)` -> `None`
+    Red: merging.py:merge: `if tensors:` -> `if True:`
+    Red: merging.py:merge: `classify(part, min(shards).name)` -> `None`
+    Red: merging.py:classify: `if n != "lm_head.weight"` -> `if n`
+    Red: merging.py:classify: `{"score.weight": first}` -> `{}`
+    Red: merging.py:classify: `"ForSequenceClassification"` -> `"ForCausalLM"`
+    Red: merging.py:classify: `{"0": "LABEL_0"}` -> `{}`
+    Red: merging.py:classify: `"num_labels": 1` -> `"num_labels": 2`
+    """
+    net, old = reward_model(tmp_path, tie_word_embeddings=tied, id2label={"0": "a", "1": "b"},
+                            label2id={"a": 0, "b": 1}), tmp_path / "base"
+    base = cut(old, shards) if shards else old
+    merging.merge(base, [tmp_path / "r"], tmp_path / "out")
+    found = weights.headers(tmp_path / "out")
+    assert set(found) == set((tmp_path / "out").glob("*.safetensors"))
+    had, has = (sorted(n for header in headers.values() for n in header)
+                for headers in (weights.headers(base), found))
+    assert has == sorted({*had, "score.weight"} - {"lm_head.weight"})
+    says = told(tmp_path / "out")
+    assert says["architectures"] == ["MistralForSequenceClassification"]
+    assert (says["num_labels"], says["id2label"], says["label2id"]) == (
+        1, {"0": "LABEL_0"}, {"LABEL_0": 0})
+    assert says["hidden_size"] == tiny.D and told(base)["architectures"] == ["MistralForCausalLM"]
+    again = model.load(tmp_path / "out", torch.float32, judge=True)
+    assert not hasattr(again, "lm_head") and judged(net).std() > 0.1
+    close(judged(again), judged(net), 1e-5)
+
+
+ENDS = {"the end": (2, None, None), "a stop": (7, [2, 7], None), "one of several": (7, None, None),
+        "another": (5, [2, 7], 5), "none": (None, [2, 7], None), "zero": (0, None, 0)}
+
+
+@pytest.mark.parametrize("pad, stops, left", ENDS.values(), ids=ENDS)
+def test_a_pad_that_ends_responses_is_left_out_of_a_reward_model(tmp_path, pad, stops, left):
+    """transformers reads the score before trailing pads: the end would not be seen.
+
+    Red: merging.py:classify: `names["pad_token_id"] = None` -> `pass`
+    Red: merging.py:classify: `if type(e) is list else [e]` -> `if type(e) is list else []`
+    Red: merging.py:classify: `config, strict.optional_json` -> `{}, strict.optional_json`
+    Red: merging.py:classify: `folder / "generation_config.json"` -> `folder / "no.json"`
+    """
+    reward_model(tmp_path, pad_token_id=pad, eos_token_id=[2, 7] if pad == 7 and not stops else 2)
+    if stops:
+        (tmp_path / "r/generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    merging.merge(tmp_path / "base", [tmp_path / "r"], tmp_path / "out")
+    assert told(tmp_path / "out")["pad_token_id"] == left
+
+
+@pytest.mark.parametrize("name", ["score", "value"])
+def test_a_model_with_a_head_is_merged_alone(place, capsys, name):
+    """A reward model, or a policy with a value head, beside another adapter: exit code 2, one line.
+
+    Red: merging.py:check_flags: `count > 1 and any(heads` -> `False and any(heads`
+    """
+    lora_with(name, place / "r")
+    with pytest.raises(SystemExit) as caught:
+        merged(place, "--method", "linear", names="a r")
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1 and "are not merged with" in said
+    assert not (place / "out").exists()
+
+
+def lora_with(head: str, folder: Path) -> None:
+    """Writes an adapter of the tiny base with that head."""
+    net = tiny.transformer(dtype=torch.float32)
+    lora.inject(net, 2, 2, generator=seeded())
+    heads.attach(net, head)
+    lora.save(net, folder, "base")
+
+
+def test_a_policy_with_a_value_head_is_merged_into_a_language_model(place):
+    """Its head is left behind, and config.json is the base's.
+
+    Red: merging.py:merge: `.get("score.weight")` -> `.get("value.weight")`
+    """
+    lora_with("value", place / "r")
+    merging.merge(place / "base", [place / "r"], place / "out")
+    assert told(place / "out") == told(place / "base")
+    names = load_file(place / "out/model.safetensors").keys()
+    assert names == tiny.transformer().state_dict().keys()
+
+
+def test_a_reward_model_is_opened_as_a_judge_only(tmp_path):
+    """model.load refuses it as a policy, and a classifier of several labels altogether.
+
+    Red: model.py:load: `judges(config) and not judge` -> `False`
+    Red: model.py:judges: `"ForSequenceClassification" in` -> `"ForCausalLM" in`
+    Red: model.py:check_tensors: `"a reward model" if` -> `"config.json" if`
+    """
+    reward_model(tmp_path)
+    merging.merge(tmp_path / "base", [tmp_path / "r"], tmp_path / "out")
+    with pytest.raises(ValueError, match="is a reward model, which says no tokens"):
+        model.load(tmp_path / "out", torch.float32)
+    assert model.load(tmp_path / "base", torch.float32, judge=True).lm_head.weight.any()
+    path = tmp_path / "out/model.safetensors"
+    held = load_file(path)
+    save_file(held | {"score.weight": torch.ones(3, tiny.D)}, path)
+    with pytest.raises(ValueError, match=r"\(3, 16\), a reward model asks for \(1, 16\)"):
+        model.load(tmp_path / "out", torch.float32, judge=True)
 
 
 def test_l1_is_the_sum_of_the_magnitudes_of_all_deltas():
