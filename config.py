@@ -9,6 +9,7 @@ import torch
 from command import Parser, check, low_high, number, stop, whole
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BETA_ZERO = ("rloo", "grpo", "ppo", "uft_hint", "uniapl")  # their KL may be left out
 REPEATED = ("data", "test")  # flags given once for every file
 GROUPS = {  # of --help, by their first flag
     "model": "what is trained, on what, and asked", "loss": "the step", "lora_r": "adapters",
@@ -99,12 +100,13 @@ class Config:
             ("a number above 0, up to 10^9", lambda x: 0 < x <= 1e9,
              "epochs micro_batch_tokens timeout"),
             ("a number above 0, up to 10^30", lambda x: 0 < x <= 1e30,
-             "beta lora_alpha max_grad_norm lr temperature clip"),
+             "lora_alpha max_grad_norm lr temperature clip"
+             + " beta" * (self.loss not in BETA_ZERO)),
             ("0 to 10^9", lambda x: 0 <= x <= 1e9,
              "steps held_out sample_tokens save_every seed hint_steps"),
             ("0 or more, up to 10^30", lambda x: 0 <= x <= 1e30,
              "weight_decay lora_l1 desirable_weight undesirable_weight orpo_weight simpo_gamma "
-             "center_rewards ppo_value_weight hint_weight discriminator_weight sft_weight"),
+             "beta center_rewards ppo_value_weight hint_weight discriminator_weight sft_weight"),
             ("two numbers LOW,HIGH with LOW < HIGH", is_range, "score_range")))
 
 

@@ -296,6 +296,17 @@ def test_help_lists_every_flag_and_exits_with_zero(capsys):
     assert stop.value.code == 0 and all(f"  --{f.name} " in told for f in fields(config.Config))
 
 
+def test_only_losses_with_a_reward_of_their_own_may_do_without_a_kl():
+    """Red: config.py:__post_init__: `(self.loss not in BETA_ZERO)` -> `True`
+    Red: config.py:__post_init__: `(self.loss not in BETA_ZERO)` -> `False`"""
+    for loss in train.LOSSES:
+        if loss in config.BETA_ZERO:
+            config.Config(model="m", data=("d",), loss=loss, beta=0.0)
+        else:
+            with pytest.raises(ValueError, match="--beta: found 0.0, expected a number above 0"):
+                config.Config(model="m", data=("d",), loss=loss, beta=0.0)
+
+
 def test_help_is_one_screen_with_every_group_and_the_papers_values(capsys):
     """Red: config.py:parse_flags: `width=100` -> `width=40`
     Red: config.py:parse_flags: `if f.name in GROUPS:` -> `if False:`"""
