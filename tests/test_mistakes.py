@@ -297,8 +297,8 @@ def test_help_lists_every_flag_and_exits_with_zero(capsys):
 
 
 def test_only_losses_with_a_reward_of_their_own_may_do_without_a_kl():
-    """Red: config.py:__post_init__: `(self.loss not in BETA_ZERO)` -> `True`
-    Red: config.py:__post_init__: `(self.loss not in BETA_ZERO)` -> `False`"""
+    """Red: config.py: `(self.loss not in BETA_ZERO)` -> `True`
+    Red: config.py: `(self.loss not in BETA_ZERO)` -> `False`"""
     for loss in train.LOSSES:
         if loss in config.BETA_ZERO:
             config.Config(model="m", data=("d",), loss=loss, beta=0.0)
