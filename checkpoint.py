@@ -26,7 +26,7 @@ from config import Config
 
 FORMAT = 1
 FREE = ("resume", "save_every", "keep", "reference_cache", "out", "device", "micro_batch_tokens",
-        "gradient_checkpointing", "timeout",
+        "gradient_checkpointing", "timeout", "memory_estimate",
         "sample_tokens", "test")  # may change on resuming: rounding and dropout draws may differ
 CONTENT = ("model", "data")  # may lie elsewhere: their files' digests are compared
 TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",

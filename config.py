@@ -84,6 +84,7 @@ class Config:
     timeout: float = flag(600.0, "seconds that one of several processes waits for another")
     resume: bool = flag(False, "go on from the newest checkpoint in --out")
     reference_cache: str = flag("", "DIR that keeps log-probs of the reference between runs")
+    memory_estimate: bool = flag(False, "say what the run would hold, and end")
     seed: int = flag(0, "of adapters, order, dropout and what is held out")
     out: str = flag("", "run folder; default: the next free runs/NNNN")
 

@@ -45,7 +45,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(r, inputs, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(outputs, r, dtype=dtype, device=device))
         self.scale, self.dropout, self.enabled, self.merged = scale, dropout, True, False
-        self.row = base.weight[:1].detach().to("cpu", copy=True)  # of the base, also when merged
+        self.row = base.weight[:1].detach().clone()  # of the base, also when merged
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled or self.merged:

@@ -101,7 +101,7 @@ def attend_packed(q_MHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, segments: list[Se
 
     On the CPU by backward.py's chunks; elsewhere by torch's own kernel.
     """
-    cpu = q_MHK.device.type == "cpu"
+    cpu = q_MHK.device.type in ("cpu", "meta")
     attention = backward.SegmentAttention.apply if cpu else attend_each
     return attention(q_MHK, k_NGK, v_NGK, segments, window)
 

@@ -24,6 +24,7 @@ import durable
 import exam
 import heads
 import lora
+import memory
 import mixture
 import model
 import page
@@ -257,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"demo    python {os.path.relpath(__file__)} {shlex.join(argv)}", flush=True)
     config = parse_flags(argv, names)
     try:
+        if config.memory_estimate:
+            return print(memory.told(config, model.resolve(config.model)))
         train(config)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if stops.no_memory(error):
