@@ -64,9 +64,13 @@ def gae(
 
 
 def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over the places of the mask, zero elsewhere, (B, T)."""
+    """(x - mean) / sqrt(var + 1e-8) over the places of the mask, zero elsewhere, (B, T).
+
+    var has one less than the number of places below it; one place alone is its mean, and gets 0.
+    """
     x = x_BT[mask_BT.bool()]
-    return (x_BT - x.mean()) / (x.var() + 1e-8).sqrt() * mask_BT
+    var = x.var(correction=min(1, len(x) - 1))
+    return (x_BT - x.mean()) / (var + 1e-8).sqrt() * mask_BT
 
 
 # Losses
