@@ -51,11 +51,11 @@ def rising(w):
     return gradient(w.net, language.utility(w.logps, w.ref_logps, w.rewards, BETA))
 
 
-def terms(w, rows, advantages, returns=0.0, ref_logps=None, **changes):
+def terms(w, rows, advantages, given=0.0, ref_logps=None, **changes):
     """objectives.Terms of the responses `rows`, as update.py fills them."""
     now, old = w.now[rows], w.now[rows].detach()
     empty = torch.zeros_like(old)
-    sampled = Sampled(old, w.ref[rows], advantages, empty, empty + returns, empty)
+    sampled = Sampled(old, w.ref[rows], advantages, empty, empty, empty + given)
     config = Config(model="m", data=("d",), **{"beta": BETA} | changes)
     return objectives.Terms(now.sum(1), ref_logps, now, w.mask[rows], empty, sampled,
                             w.rewards[rows], ["sampled"] * len(rows), empty[0, 0], 4.0, config)
@@ -87,8 +87,8 @@ def test_the_probabilities_of_all_responses_add_up_to_one(world):
     """Those that end and those cut at four tokens; policy and reference, at both temperatures.
     Red: lab/language.py:responses: `return ended + unfinished` -> `return ended`
     Red: lab/language.py:batch: `(place < torch` -> `(place + 1 < torch`
-    Red: model.py:response_logps: `(hidden_SD, packed` -> `(hidden_SD.roll(1, 0), packed`
-    Red: model.py:token_logps: `weight_VD, target_S)` -> `weight_VD, target_S.roll(1))`"""
+    Red: model.py:Transformer.response_logps: `(hidden_SD, packed` -> `(hidden_SD.flip(0), packed`
+    Red: model.py:Transformer.token_logps: `, target_S)` -> `, target_S.flip(0))`"""
     said = language.responses()
     assert len({tuple(y) for y in said}) == len(said) == N
     assert all(3 not in y[:-1] and (y[-1] == 3 or len(y) == 4) for y in said)
@@ -140,7 +140,7 @@ def ppo(w, advantages):
 def test_ppo_climbs_it_too_whatever_the_values_say(world):
     """lam = 1: V, read before each token, is a baseline. Whitened: the same over A's deviation.
     Red: policy_gradients.py:gae: `gamma * value - values_BT[:, t]` -> `gamma * value`
-    Red: model.py:response_values: `self.value(hidden_SD)` -> `self.value(hidden_SD.roll(-1, 0))`
+    Red: model.py:Transformer.response_values: `value(hidden_SD)` -> `value(hidden_SD.flip(0))`
     Red: rollouts.py:credit: `rewards = -config.beta` -> `rewards = config.beta`
     Red: policy_gradients.py:ppo: `logps, advantages, clip)` -> `logps, returns, clip)`"""
     net = language.speaker()
@@ -206,15 +206,15 @@ def test_una_anchored_to_the_policy_of_just_now_climbs_the_reward_alone(world):
 # GRPO: the KL is in the loss, token by token
 
 
-def by_state(w, from_policy):
-    """E over responses, held, of the KL between the two next-token distributions at each token."""
+def by_state(w, from_policy, weights, mask):
+    """sum_y weights sum_t of the KL between the two next-token distributions at t in the mask."""
     ids, _ = language.batch(w.prompt)
     now = (w.net.logits(w.net(ids)) / w.temperature).log_softmax(-1)
     with torch.no_grad(), lora.disabled(w.net):
         ref = (w.net.logits(w.net(ids)) / w.temperature).log_softmax(-1)
     p, q = (now, ref) if from_policy else (ref, now)
-    each = (p.exp() * (p - q)).sum(-1)[:, :-1] * w.mask[:, 1:]
-    return (w.pi * each.sum(1)).sum()
+    each = (p.exp() * (p - q)).sum(-1)[:, :-1] * mask[:, 1:]
+    return (weights * each.sum(1)).sum()
 
 
 def test_the_k3_of_the_tokens_has_the_divergence_of_responses_as_its_mean(world):
@@ -224,7 +224,7 @@ def test_the_k3_of_the_tokens_has_the_divergence_of_responses_as_its_mean(world)
     for name in ("k1", "k3"):
         each = policy_gradients.kl(world.now, world.ref, name).sum(1)
         close((world.pi * each).sum(), whole.detach(), 1e-12)
-    close(by_state(world, True), whole.detach(), 1e-12)
+    close(by_state(world, True, world.pi, world.mask), whole.detach(), 1e-12)
     assert whole > 0.01
 
 
@@ -249,7 +249,8 @@ def test_of_single_tokens_they_go_down_what_the_next_word_costs_and_not_where_it
                                     ("k3", False, (world.ref_logps, world.logps))):
         each = policy_gradients.kl(world.now, world.ref, name).sum(1)
         got = gradient(world.net, (world.pi * each).sum())
-        close(got, gradient(world.net, by_state(world, from_policy)), 1e-12)
+        state = by_state(world, from_policy, world.pi, world.mask)
+        close(got, gradient(world.net, state), 1e-12)
         assert turned(got, gradient(world.net, language.divergence(*ends))) > 0.001
 
 
@@ -260,7 +261,7 @@ def test_grpo_over_a_constant_climbs_the_reward_against_the_next_words_divergenc
     Red: policy_gradients.py:grpo: `each + beta *` -> `each - beta *`"""
     got = over_pairs(world, loss="grpo", grpo_scale="none", grpo_length="constant")
     up = gradient(world.net, (world.logps.exp() * world.rewards).sum())
-    back = gradient(world.net, by_state(world, False))
+    back = gradient(world.net, by_state(world, False, world.pi, world.mask))
     close(64 * got, -(up / 2 - BETA * back), 1e-12)
     assert turned(-got, rising(world)) > 0.001
 
@@ -272,6 +273,34 @@ def test_grpo_over_the_rows_own_length_turns_the_gradient(world):
                        for length in ("constant", "row", "batch"))
     assert turned(row, one) > 1e-4
     close(4 * batch, 64 * one, 1e-12)
+
+
+def test_behind_a_hint_uft_hint_is_grpo_and_on_it_sft(world):
+    """UFT of Liu et al., Eq. 3.3: (1 - 1/G) grad E[r | hint] less beta grad sum_t KL(pi_ref || pi)
+    behind the hint, over the constant, and hint_weight grad log pi(hint), the other way up.
+    Red: objectives.py:uft_hint: `t.config.hint_weight` -> `2 * t.config.hint_weight`
+    Red: objectives.py:uft_hint: `t.sampled.given.bool()` -> `~t.sampled.given.bool()`
+    Red: policy_gradients.py:uft_hint: `advantages.masked_fill(hint_mask, 0)` -> `-advantages`"""
+    ids, _ = language.batch(world.prompt)
+    said, first = ids[:, len(world.prompt):], len(world.prompt)
+    rows = ((said[:, :2] == torch.tensor([0, 1])).all(1) & world.mask[:, first + 1]).nonzero()[:, 0]
+    pairs = torch.cartesian_prod(rows, rows)
+    drawn = world.mask & (torch.arange(ids.shape[1]) >= first + 2)
+    behind = (world.now * drawn).sum(1)
+    chance, many = behind.detach().exp(), pairs.flatten()
+    close(chance[rows].sum(), 1.0, 1e-12)
+    changes = {"loss": "uft_hint", "grpo_scale": "none", "grpo_length": "constant", "group": 2}
+    advantages, _ = rollouts.credit(
+        world.rewards[many], world.now.detach()[many], world.ref[many], 0 * world.ref[many],
+        drawn[many], Config(model="m", data=("d",), **changes))
+    given = 1.0 * (world.mask & ~drawn)[many]
+    got = expected(world, terms(world, many, advantages, given, hint_weight=0.3, **changes),
+                   chance[pairs].prod(1).repeat_interleave(2) / 2)
+    up = gradient(world.net, (behind.exp() * world.rewards)[rows].sum())
+    weights = torch.zeros_like(chance).index_put((rows,), chance[rows])
+    back = gradient(world.net, by_state(world, False, weights, drawn))
+    hint = gradient(world.net, (world.now * ~drawn)[rows[0]].sum())
+    close(got, -(up / 2 - BETA * back) / 64 - 0.3 * hint, 1e-12)
 
 
 # Sampling
@@ -291,7 +320,7 @@ def test_responses_are_drawn_with_the_probabilities_that_the_losses_read(world):
     """3000 draws against the exact pi(y|x): chi-square within 4 deviations of its mean, at
     temperature 1 and .7; the other temperature, or the reference, is more than 10 away.
     Red: generate.py:next_token: `(logits_BV / temperature)` -> `(logits_BV * temperature)`
-    Red: model.py:token_logps: `hidden_SD / temperature` -> `hidden_SD * temperature`
+    Red: model.py:Transformer.token_logps: `hidden_SD / temperature` -> `hidden_SD * temperature`
     Red: generate.py:sample: `net.logits(hidden_BTD[:, -1])` -> `net.logits(hidden_BTD[:, 0])`"""
     drawn = generate.sample(world.net, [world.prompt] * 3000, language.LONGEST, {language.END},
                             world.temperature, 1.0, torch.Generator().manual_seed(0))
