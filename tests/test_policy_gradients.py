@@ -238,6 +238,7 @@ def test_whitened_advantages_have_mean_0_and_variance_1_and_are_zero_elsewhere()
     close(white[MASK].var(), 1.0, 1e-8)
     assert not white[~MASK].any()
     close(pg.whiten(TABLE[0].masked_fill(~MASK, 1e6), MASK), pg.whiten(TABLE[0], MASK), 1e-12)
+    close(pg.whiten(TABLE[0], MASK & (torch.arange(4) == 1)[:, None])[1, 1:3].var(), 1.0, 1e-6)
     alone = pg.whiten(TABLE[0], MASK & (torch.arange(4) == 2)[:, None])
     assert torch.equal(alone, torch.zeros_like(alone))
 
@@ -407,6 +408,7 @@ def test_the_share_of_hints_falls_as_a_cosine_and_ends():
     close(torch.tensor(p[75]), 0.05 + 0.9 * (1 + math.sqrt(0.5)) / 2, 1e-6)
     assert p[301:] == [0.0, 0.0] and all(a > b for a, b in itertools.pairwise(p[:302]))
     assert [pg.hint_probability(t, 0.1, 0.9, 0) for t in (0, 1)] == [0.9, 0.0]
+    close(real(pg.hint_probability(1, 0.1, 0.9, 1)), 0.1, 1e-15)
 
 
 def lengths(tokens, probability, draws=1):
@@ -428,12 +430,15 @@ def test_a_hint_is_a_binomial_number_of_equal_parts():
     assert set(lengths(7, 0.5, 500)) == {0, 1, 3, 4, 6, 7}  # parts of 7/5 tokens, rounded
 
 
-def test_probability_zero_hints_nothing_and_one_gives_the_whole_solution():
-    """Whatever the number of tokens, the end token included.
+def test_probability_zero_hints_nothing_and_one_gives_the_whole_solution(monkeypatch):
+    """Whatever the number of tokens, the end token included, and though a draw be exactly 0.
+    Red: policy_gradients.py:hint_length: `< probability)` -> `<= probability)`
     Red: policy_gradients.py:hint_length: `< probability)` -> `<= probability - 1)`
     Red: policy_gradients.py:hint_length: `< probability)` -> `>= probability)`"""
     for tokens in (1, 2, 3, 7, 20):
         assert set(lengths(tokens, 0.0, 50)) == {0} and set(lengths(tokens, 1.0, 50)) == {tokens}
+    monkeypatch.setattr(torch, "rand", lambda size, generator: torch.zeros(size))
+    assert lengths(20, 0.0) == [0] and lengths(20, 1e-9) == [20]
 
 
 def hinted(mask, length=1.0):
@@ -548,7 +553,7 @@ def test_every_policy_gradient_is_that_of_finite_differences(name):
 
 
 def test_nothing_is_reduced_over_rows():
-    """A row of a batch is that row alone, to the bit.
+    """A row of a batch is that row alone, to the bit, also without its axis.
     Red: policy_gradients.py:grpo: `.sum(-1) / length` -> `.sum() / length`
     Red: policy_gradients.py:ppo: `.sum(-1) / length` -> `.sum() / length`"""
     now, old, ref, advantages, other = (x * MASK for x in TABLE)
@@ -558,9 +563,9 @@ def test_nothing_is_reduced_over_rows():
              hinted(MASK & (torch.arange(6) < 3))(now))
     for i in range(4):
         now_i, old_i, ref_i, advantages_i, other_i = (
-            x[i:i + 1] for x in (now, old, ref, advantages, other))
-        hint = MASK[i:i + 1] & (torch.arange(6) < 3)
+            x[i] for x in (now, old, ref, advantages, other))
+        hint = MASK[i] & (torch.arange(6) < 3)
         alone = (pg.grpo(now_i, old_i, ref_i, advantages_i, CLIP, BETA, length[i]),
                  pg.ppo(now_i, old_i, advantages_i, now_i, ref_i, other_i, CLIP, 0.1, length[i]),
                  pg.uft_hint(now_i, old_i, ref_i, advantages_i, hint, CLIP, BETA, 1.0, 0.3))
-        assert all(torch.equal(a[0], w[i]) for a, w in zip(alone, whole, strict=True))
+        assert all(torch.equal(a, w[i]) for a, w in zip(alone, whole, strict=True))
