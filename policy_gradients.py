@@ -66,11 +66,11 @@ def gae(
 def whiten(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8) over the places of the mask, zero elsewhere, (B, T).
 
-    var has n - 1 below it, as TRL's; a single place gives 0, like places that agree.
+    var has one less than the number of places below it; one place alone is its mean, and gets 0.
     """
     x = x_BT[mask_BT.bool()]
-    variance = x.var(correction=int(len(x) > 1))
-    return (x_BT - x.mean()) / (variance + 1e-8).sqrt() * mask_BT
+    var = x.var(correction=min(1, len(x) - 1))
+    return (x_BT - x.mean()) / (var + 1e-8).sqrt() * mask_BT
 
 
 # Losses
@@ -91,7 +91,9 @@ def kl(token_logps: Tensor, ref_token_logps: Tensor, estimator: str = "k3") -> T
 
     With d = log pi - log pi_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1 (Schulman's names).
     k1 and k3 have mean KL, k3 is never negative. As a LOSS on those samples k1 does nothing (mean
-    gradient 0), k2 gives grad KL(pi || pi_ref), and k3 grad KL(pi_ref || pi).
+    gradient 0), k2 gives grad KL(pi || pi_ref), and k3 grad KL(pi_ref || pi): of responses where
+    the entries are, and where they are tokens that of the next token's KL alone, as if the tokens
+    before it had not been pi's choice.
     """
     d = token_logps - ref_token_logps
     return {"k1": d, "k2": d.square() / 2, "k3": torch.expm1(-d) + d}[estimator]

@@ -6,23 +6,28 @@ Question    Trained with exact expectations on one prompt, where does each loss 
 Prediction  Where Z is not 1 only a loss that cannot feel a constant added to r reaches pi*: pairs
             (DPO), a learned V (DRO), or the reward itself fitted to samples of the policy, where
             E_pi[grad log pi] = 0 removes the constant. A squashed score, foreign data or pi_old
-            for pi_ref does not. (Written knowing a table of another bandit: not blind.)
+            for pi_ref does not. (Written knowing a table of another bandit: not blind.) RLOO, with
+            the KL in its reward, reaches it; GRPO, whose k3 is a loss, goes elsewhere.
 Command     python -m lab.optimum
 Runtime     4 s on one core
-Answer      As predicted: three of twelve reach pi*, reward MSE on the policy's own samples, DPO and
-            DRO. Z = .417 costs BCE on-policy a TV of .022, UFT on-policy .073, the same on uniform
-            data .27 and .31, IPO .37, reward MSE on data of pi_ref .39; KTO keeps two answers
-            (.44), the authors' online loss one, the best (.76). With Z = 1 UFT and BCE reach pi* on
-            uniform data too. Sizes and order hold for these constants. All start at pi_ref: from
-            elsewhere UFT on uniform data may end in a second minimum (TV .372).
+Answer      As predicted: four of fifteen reach pi*, reward MSE on the policy's own samples, RLOO,
+            DPO and DRO. Z = .417 costs BCE on-policy a TV of .022, UFT on-policy .073, the same on
+            uniform data .27 and .31, IPO .37, reward MSE on data of pi_ref .39; KTO keeps two
+            answers (.44), the authors' online loss one, the best (.76). GRPO without its std ends
+            where E[r] - beta' KL(pi_ref || pi) is greatest, beta' = beta G / (G - 1) (TV .17); with
+            it (.32) r and 10 r end alike. With Z = 1 UFT and BCE reach pi* on uniform data too.
+            Sizes and order hold for these constants. All start at pi_ref: from elsewhere UFT on
+            uniform data may end in a second minimum (TV .372).
 
 A bandit: one prompt, K = 5 answers, a softmax policy, float64, no sampling. x: the K logits, and
 behind them DRO's V. The data are pi itself, all answers alike (uniform) or pi_ref. Where pi gives
-the data, and where it is a target, it is held: no gradient goes through it. Conventions: r is any
-real number; a loss with a sigmoid is given sigma(r), so that logit(target) = r is one reward for
-all; preferences are Bradley-Terry, P(i > j) = sigma(r_i - r_j); gap = J(pi*) - J(pi); offset is
-r - r_theta, its least and largest value over the answers with more than 1e-6 of the mass.
+the data, and where it is a target, it is held: no gradient goes through it. RLOO and GRPO see every
+group of G = 8 answers, weighed by its probability. Conventions: r is any real number; a loss with a
+sigmoid is given sigma(r), so that logit(target) = r is one reward for all; preferences are
+Bradley-Terry, P(i > j) = sigma(r_i - r_j); gap = J(pi*) - J(pi); offset is r - r_theta, its least
+and largest value over the answers with more than 1e-6 of the mass.
 """
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,9 +36,10 @@ import torch
 from torch import Tensor
 
 import losses
+import policy_gradients
 
 RESULTS = Path(__file__).parent / "results" / "optimum.json"
-BETA, K = 0.7, 5
+BETA, K, G = 0.7, 5, 8
 REF_LOGPS = torch.tensor((0.05, 0.1, 0.5, 0.3, 0.05), dtype=torch.float64).log()
 REWARDS = torch.tensor((0.5, 0.25, -1.0, -1.5, -0.75), dtype=torch.float64)
 HIGH = torch.tensor((0.6, 0.7, 0.8, 0.9, 0.95), dtype=torch.float64).logit()  # all r > 1/2
@@ -64,7 +70,7 @@ def feasible(rewards: Tensor) -> Tensor:
     return rewards - BETA * log_normaliser(rewards)
 
 
-# The objectives: exact expectations of the functions in losses.py
+# The objectives: exact expectations of the functions in losses.py and policy_gradients.py
 
 
 def policy(x: Tensor) -> Tensor:
@@ -108,18 +114,56 @@ def kto_labels(x: Tensor, held: Tensor) -> Tensor:
     return (good * yes + (1 - good) * no).mean()
 
 
+def over_groups(gradient: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Objective:
+    """E[mean over the group of gradient(log pi, log pi_old, log pi_ref, r)] over all groups of G.
+
+    `gradient` takes (P, G) of each and gives (P, G); a group's order does not matter, so that each
+    stands for G! / (n_1! ... n_K!) draws.
+    """
+    groups = torch.tensor(list(itertools.combinations_with_replacement(range(K), G)))  # (P, G)
+    counts = torch.nn.functional.one_hot(groups, K).sum(1).double()
+    ways = torch.lgamma(counts.sum(1) + 1) - torch.lgamma(counts + 1).sum(1)
+
+    def objective(x: Tensor, held: Tensor) -> Tensor:
+        old = policy(held)[groups]
+        chance = (ways + old.sum(1)).exp() / G
+        each = gradient(policy(x)[groups], old, REF_LOGPS[groups], REWARDS[groups])
+        return (chance[:, None] * each).sum()
+
+    return objective
+
+
+def rloo(now: Tensor, old: Tensor, ref: Tensor, rewards: Tensor) -> Tensor:
+    """KL in the reward, r - beta k1."""
+    earned = rewards - BETA * policy_gradients.kl(old, ref, "k1")
+    return policy_gradients.rloo(now, old, policy_gradients.rloo_advantages(earned), 0.2)
+
+
+def grpo(scale: str) -> Callable:
+    """KL in the loss, beta k3; a response is one token. Its std is of "group", or "none"."""
+    def gradient(now: Tensor, old: Tensor, ref: Tensor, rewards: Tensor) -> Tensor:
+        advantages = policy_gradients.grpo_advantages(rewards, scale)
+        tokens = (x[..., None] for x in (now, old, ref, advantages))
+        return policy_gradients.grpo(*tokens, 0.2, BETA, 1.0)
+
+    return gradient
+
+
 def examined() -> Iterator[tuple[str, str, Tensor, Objective]]:
     """(name, what it is given, the rewards that define its pi*, objective), best expected first."""
     ref, score, shifted = REF_LOGPS.exp(), torch.sigmoid(REWARDS), feasible(REWARDS)
     given = torch.sigmoid(shifted)
     yield "reward MSE, on-policy", "r", REWARDS, expected(losses.una_reward, REWARDS, None)
+    yield "RLOO, on-policy", "r - beta k1", REWARDS, over_groups(rloo)
     yield "DPO", "P(i > j)", REWARDS, preferences(losses.dpo, REWARDS)
     yield "DRO with V, uniform", "r", REWARDS, with_value(REWARDS)
     yield "BCE, on-policy", "sigma(r)", REWARDS, expected(losses.uft_bce, score, None)
     yield "UFT, on-policy", "sigma(r)", REWARDS, expected(losses.uft, score, None)
+    yield "GRPO without std", "r", REWARDS, over_groups(grpo("none"))
     yield "BCE, uniform", "sigma(r)", REWARDS, expected(losses.uft_bce, score, UNIFORM)
     yield "reward MSE, uniform", "r", REWARDS, expected(losses.una_reward, REWARDS, UNIFORM)
     yield "UFT, uniform", "sigma(r)", REWARDS, expected(losses.uft, score, UNIFORM)
+    yield "GRPO", "r", REWARDS, over_groups(grpo("group"))
     yield "IPO, tau = beta", "P(i > j)", REWARDS, preferences(losses.ipo, REWARDS)
     yield "reward MSE, pi_ref", "r", REWARDS, expected(losses.una_reward, REWARDS, ref)
     yield "KTO, z0 = KL, uniform", "sigma(r)", REWARDS, kto_labels
@@ -185,9 +229,9 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"constants": constants, "rows": rows}, indent=1) + "\n")
     print(f"Z {constants['Z']:.3f}   J* = beta log Z = {BETA * log_z:.4f}   beta {BETA}")
-    print(f"{'loss':24} {'given':10} {'TV':>7} {'J* - J':>8} {'r - r_theta':>16}  verdict")
+    print(f"{'loss':24} {'given':11} {'TV':>7} {'J* - J':>8} {'r - r_theta':>16}  verdict")
     for one in rows:
-        print(f"{one['name']:24} {one['given']:10} {one['tv']:7.4f} {one['gap']:z8.4f} "
+        print(f"{one['name']:24} {one['given']:11} {one['tv']:7.4f} {one['gap']:z8.4f} "
               f"{one['offset'][0]:+z7.3f}..{one['offset'][1]:+z7.3f}  "
               f"{'reaches pi*' if one['reaches'] else 'does not'}")
 

@@ -27,6 +27,7 @@ def on_pairs(loss, *more):
 ROWS = {  # every loss as a function of (logps, ref_logps, beta); ORPO and SimPO read means
     "sft": lambda l, l0, b: losses.sft(l),
     "uft": lambda l, l0, b: losses.uft(l, l0, RATINGS.to(l), b),
+    "una_reward": lambda l, l0, b: losses.una_reward(l, l0, RATINGS.to(l), b),
     "uft_bce": lambda l, l0, b: losses.uft_bce(l, l0, RATINGS.to(l), b),
     "reward_model": lambda l, l0, b: losses.reward_model(b * l[::2], b * l[1::2]),
     "dpo": on_pairs(losses.dpo),

@@ -34,6 +34,7 @@ LISTED = ROOT / "docs/mutants.md"  # survivors with their reasons
 EQUIVALENT = re.compile(r"^- `(\w+\.py)`: `(.*)` -> `(.*)`: equivalent", re.MULTILINE)
 PLAN = {  # file: the score to reach in percent, and the tests that may kill
     "losses": (97, "losses losses_pairs losses_kto gradients train"),
+    "policy_gradients": (97, "policy_gradients language"),
     "lora": (92, "lora adapter packing gradients train"),
     "model": (90, "model model_config attention weights packing backward generate train"),
     "backward": (90, "backward packing attention model gradients lora train"),

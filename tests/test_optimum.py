@@ -16,7 +16,7 @@ SCORES = torch.sigmoid(REWARDS)
 LOGITS = real(0.3, -0.2, 0.0, 1.0, -1.0)  # a policy that is neither pi_ref nor pi*
 BEST = optimum.optimum(REWARDS)
 V = BETA * optimum.log_normaliser(REWARDS)
-ZEROS = ("reward MSE, on-policy", "DPO", "DRO with V, uniform")
+ZEROS = ("reward MSE, on-policy", "RLOO, on-policy", "DPO", "DRO with V, uniform")
 CONTROLS = ("UFT, uniform, Z = 1", "BCE, uniform, Z = 1")
 
 
@@ -164,21 +164,22 @@ def test_these_losses_reach_the_optimum_although_z_is_not_one(rows, name):
     """TV = 0 and r - r_theta = beta log Z for every answer.
     Red: losses.py:dpo: `z = beta * margin` -> `z = 2 * beta * margin`
     Red: lab/optimum.py:with_value: `rewards, x[K]` -> `rewards, 0 * x[K]`
+    Red: lab/optimum.py:rloo: `rewards - BETA` -> `rewards + BETA`
     Red: lab/optimum.py:expected: `policy(held).exp()` -> `UNIFORM`"""
     assert rows[name]["tv"] <= 1e-9 and rows[name]["reaches"]
     close(real(*rows[name]["offset"]), V, 1e-9)
 
 
 def test_the_other_losses_miss_it_in_this_order(rows):
-    """0 < BCE < UFT on-policy < uniform data < IPO < data of pi_ref < KTO < the authors' code.
-    Red: lab/optimum.py:examined: `losses.una_reward, REWARDS, ref` -> `losses.una_reward, REWARDS, UNIFORM`
+    """0 < BCE < UFT on-policy < GRPO < uniform data < IPO < data of pi_ref < KTO < authors' code.
+    Red: lab/optimum.py:examined: `una_reward, REWARDS, ref` -> `una_reward, REWARDS, UNIFORM`
     Red: lab/optimum.py:examined: `losses.uft_bce, score, None` -> `losses.uft_bce, score, UNIFORM`
     Red: lab/optimum.py:kto_labels: `good * yes + (1 - good) * no` -> `yes`"""
     tv = {name: row["tv"] for name, row in rows.items()}
     uniform = [tv[f"{loss}, uniform"] for loss in ("BCE", "reward MSE", "UFT")]
-    order = [0, tv["BCE, on-policy"], tv["UFT, on-policy"], min(uniform), max(uniform),
-             tv["IPO, tau = beta"], tv["reward MSE, pi_ref"], tv["KTO, z0 = KL, uniform"],
-             tv["authors' online loss"]]
+    order = [0, tv["BCE, on-policy"], tv["UFT, on-policy"], tv["GRPO without std"], min(uniform),
+             max(uniform), tv["IPO, tau = beta"], tv["reward MSE, pi_ref"],
+             tv["KTO, z0 = KL, uniform"], tv["authors' online loss"]]
     assert (real(*order).diff() > 0.015).all()
 
 
@@ -195,6 +196,44 @@ def test_the_authors_online_loss_collapses_to_the_best_answer(rows):
     row, best = rows["authors' online loss"], REWARDS.argmax()
     close(real(row["policy"][best], row["tv"]), real(1, 1 - BEST[best].exp()), 1e-9)
     close(real(row["gap"]), -BETA * BEST[best], 1e-9)
+
+
+def test_the_groups_are_all_groups_each_as_likely_as_it_is():
+    """E[mean r] = E_pi[r], E[(mean r)^2] = E_pi[r]^2 + Var / G.
+    Red: lab/optimum.py:over_groups: `- torch.lgamma(counts + 1).sum(1)` -> `+ 0`
+    Red: lab/optimum.py:over_groups: `.exp() / G` -> `.exp()`
+    Red: lab/optimum.py:over_groups: `_with_replacement(range(K)` -> `(range(9)`"""
+    pi = policy(LOGITS).exp()
+    level, spread = (pi * REWARDS).sum(), (pi * REWARDS.square()).sum()
+    for power, expected_value in ((1, level), (2, level**2 + (spread - level**2) / optimum.G)):
+        objective = optimum.over_groups(
+            lambda now, old, ref, r, power=power: r.mean(1, keepdim=True).pow(power).expand_as(r))
+        close(objective(LOGITS, LOGITS), expected_value, 1e-12)
+
+
+def test_grpo_without_its_std_ends_at_the_best_against_the_forward_divergence(rows):
+    """pi = pi_ref b / (b + E_pi[r] - r), b = beta G / (G - 1): no exponential, so no pi*, and
+    E_pi[r] - b KL(pi_ref || pi) has slope 0.
+    Red: lab/optimum.py:examined: `over_groups(grpo("none"))` -> `over_groups(grpo("group"))`
+    Red: policy_gradients.py:grpo: `each + beta *` -> `each - beta *`
+    Red: policy_gradients.py:kl: `torch.expm1(-d) + d` -> `d.square() / 2`"""
+    end, b = real(*rows["GRPO without std"]["policy"]), BETA * optimum.G / (optimum.G - 1)
+    close(end, REF_LOGPS.exp() * b / (b + (end * REWARDS).sum() - REWARDS), 1e-9)
+    value = uphill(lambda logps: (logps.exp() * REWARDS).sum()
+                   - b * (REF_LOGPS.exp() * (REF_LOGPS - logps)).sum(), end.log())
+    close(value, 0.0, 1e-9)
+
+
+def test_grpo_with_its_std_ends_alike_whatever_the_scale_of_the_reward(rows, monkeypatch):
+    """10 r: the same policy but for eps; RLOO's end moves with pi*.
+    Red: lab/optimum.py:examined: `over_groups(grpo("group"))` -> `over_groups(grpo("none"))`"""
+    monkeypatch.setattr(optimum, "REWARDS", 10 * REWARDS)
+    ends = {}
+    for name, objective in (one[::3] for one in optimum.examined()):
+        if name in ("GRPO", "RLOO, on-policy"):
+            ends[name] = policy(optimum.settle(objective, REF_LOGPS)).exp()
+    close(ends["GRPO"], real(*rows["GRPO"]["policy"]), 1e-3)
+    assert (ends["RLOO, on-policy"] - real(*rows["RLOO, on-policy"]["policy"])).abs().max() > 0.1
 
 
 def test_every_end_is_one_that_the_flow_cannot_leave(rows):
@@ -232,7 +271,7 @@ def test_uft_on_foreign_data_has_two_minima_and_the_start_chooses():
 
 def test_the_committed_results_are_those_of_the_code(rows):
     """lab/results/optimum.json, to 1e-6.
-    Red: lab/optimum.py: `BETA, K = 0.7, 5` -> `BETA, K = 0.70001, 5`"""
+    Red: lab/optimum.py: `BETA, K, G = 0.7, 5` -> `BETA, K, G = 0.70001, 5`"""
     saved = json.loads(optimum.RESULTS.read_text("utf-8"))
     assert saved["constants"]["rewards"] == REWARDS.tolist()
     assert saved["constants"]["beta"] == BETA and [r["name"] for r in saved["rows"]] == list(rows)
