@@ -13,7 +13,8 @@ OTHER = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast
          ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
          ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr}
 SPEAKS = {"print", "add_argument", "ArgumentParser", "add_parser", "exit", "flag"}
-EITHER = {"max", "min", "maximum", "minimum", "equal", "promote_types", "transpose", "addcmul_"}  # no order to mistake
+EITHER = {"max", "min", "maximum", "minimum", "equal", "promote_types", "transpose",
+          "addcmul_"}  # no order to mistake
 
 
 def called(node: ast.Call) -> str:
