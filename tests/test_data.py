@@ -523,7 +523,7 @@ def test_a_gzip_cut_short_is_named(tmp_path):
 
 def test_rows_without_an_answer_or_a_common_prompt_are_dropped_and_counted(tmp_path):
     """Each with file, line and reason; a file that has no other is refused.
-    Red: doubts.py:usable: `and e.response.strip()` -> ``
+    Red: doubts.py:usable: `and (e.response.strip() or e.kind == "prompt")` -> ``
     Red: data.py:read_pair: `if said != also` -> `if False`
     Red: doubts.py:usable: `if not made` -> `if False`"""
     bad = [{"prompt": "q", "response": " \n"}, {"prompt": [], "response": "a"},

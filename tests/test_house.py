@@ -16,7 +16,7 @@ import red
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (("strict", "durable", "deltas"), ("bounds", "weights", "command"),
           ("architecture", "backward", "peft_config", "vocabulary", "templates", "records",
-           "doubts", "heads"),
+           "doubts", "heads", "verifiers"),
           ("packing", "peft_folder"), ("merging",),
           ("losses", "policy_gradients", "data", "tokens", "lora", "model", "config"),
           ("lines", "objectives", "report", "scoring"),
@@ -32,7 +32,7 @@ CAPS = {
     "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 160,
     "report.py": 180, "parallel.py": 120, "mixture.py": 105, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,
-    "heads.py": 80, "scoring.py": 70, "rewards.py": 120, "update.py": 140,
+    "heads.py": 80, "scoring.py": 70, "rewards.py": 120, "verifiers.py": 80, "update.py": 140,
     "page.py": 245, "questions.py": 175, "rollouts.py": 190, "train.py": 300, "README.md": 150}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")
@@ -103,7 +103,8 @@ def test_every_parameter_is_used(name):
     Red: losses.py:sft: `logps: Tensor` -> `logps: Tensor, beta: float`"""
     for f in nodes(name, ast.FunctionDef):
         given = {p.arg for p in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)}
-        assert given - {"self", "_"} <= {n.id for n in ast.walk(f) if isinstance(n, ast.Name)}, f.name
+        used = {n.id for n in ast.walk(f) if isinstance(n, ast.Name)}
+        assert given - {"self", "_"} <= used, f.name
 
 
 @pytest.mark.parametrize("name", CODE)

@@ -142,7 +142,7 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch, changes, world
 @pytest.mark.parametrize("loss", train.LOSSES)
 def test_a_step_is_the_same_in_one_two_and_four_processes(numbers, loss):
     """Gradient and every metric, in float64, on every rank; z0 of kto, pairs, reference pass. Four
-    processes step by three of the losses only.
+    processes step by four of the losses only.
     Red: parallel.py:sum_gradients: `size() > 1` -> `size() > 2`
     Red: parallel.py:turns: `units[:cuts[rank()]]` -> `units[:cuts[0]]`
     Red: update.py:train_step: `found[:own]` -> `found`
@@ -193,7 +193,7 @@ def test_a_process_holds_its_part_of_the_base_and_one_whole_block_at_a_time(numb
 
 
 def test_a_sharded_model_samples_as_the_whole_and_starts_at_its_reference(numbers):
-    """Red: parallel.py:shard: `"extend", ` -> ``"""
+    """Red: parallel.py: `"extend", ` -> ``"""
     for found in (*numbers[2], *numbers[4]):
         assert all(found[name] == numbers[1][0][name] for name in ("sampled", "start"))
     assert [said.endswith("ok") for said in numbers[4][3]["start"]] == [True, True]

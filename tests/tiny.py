@@ -17,6 +17,11 @@ def config(model_type: str = "mistral", **changes) -> dict:
     } | changes
 
 
+def letters(_: str, response: str, __: str) -> float:
+    """The share of a response that is letters a to z: a reward in [0, 1] of any text."""
+    return sum(c in "abcdefghijklmnopqrstuvwxyz" for c in response) / max(1, len(response))
+
+
 def transformer(seed: int = 0, dtype=torch.float64, **changes) -> model.Transformer:
     """A frozen model with weights of standard deviation 0.4: logits spread like a trained one's."""
     net = model.Transformer(model.ModelConfig.from_dict(config(**changes)))
