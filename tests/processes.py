@@ -156,10 +156,10 @@ def fault(kind):
 
 
 def work(job, world):
-    """One process: `numbers`, a fault, or a run of the command by the flags in run.json."""
-    if job == "run":
-        flags = json.loads(Path("run.json").read_text("utf-8"))
-        return train.main([*flags, "--timeout", "60", "--out", f"run{world}"])
+    """One process: `numbers`, a fault, or, of a job run..., the command by the flags in its file."""
+    if job.startswith("run"):
+        flags = json.loads(Path(f"{job}.json").read_text("utf-8"))
+        return train.main([*flags, "--timeout", "60", "--out", f"{job}{world}"])
     try:
         Path(f"{job}.json").write_text(json.dumps(time.monotonic()), "utf-8")
         parallel.start(test_train.settings(**RULES, timeout=30.0 if job == "numbers" else TIMEOUT))

@@ -33,6 +33,11 @@ ENDS = {  # exit code and sentence of each rank
     "port": ((2, r"^train.py: 2 processes did not meet within 5 s: .* EADDRINUSE"),)}
 
 
+ONLINE = "--reward tiny:ranked --group 3 --response_tokens 5"  # a reward of the process's own
+RUNS = {"run": "dpo pairs", "run-grpo": f"grpo demonstrations --updates 2 {ONLINE}",
+        "run-ppo": f"ppo demonstrations {ONLINE}", "run-reward_model": "reward_model pairs"}
+
+
 def launch(folder, *jobs):
     """Every process of (job, world), each by its own name: what it found, its end, its stderr."""
     command = [sys.executable, "-B", Path(__file__).with_name("processes.py"), folder]
@@ -62,14 +67,17 @@ def faults(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base, files):
-    """A folder that holds run1 and run2, the same command in one process and in two."""
+    """A folder that holds run1 and run2, the same command in one process and in two, and so on for
+    every job of RUNS."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ["--model", base, "--data", files / "pairs.jsonl", "--template", "plain", "--lr", ".01",
-             "--max_length", "128", "--held_out", "4", "--sample_tokens", "2", "--lora_r", "2",
-             "--loss", "dpo", "--steps", "4", "--save_every", "2", "--batch_size", "5",
-             "--micro_batch_tokens", "64"]
-    (folder / "run.json").write_text(json.dumps(list(map(str, flags))), "utf-8")
-    ends = launch(folder, ("run", 1), ("run", 2))
+    flags = ["--model", base, "--template", "plain", "--lr", ".01", "--max_length", "128",
+             "--held_out", "4", "--sample_tokens", "2", "--lora_r", "2", "--steps", "4",
+             "--save_every", "2", "--batch_size", "5", "--micro_batch_tokens", "64"]
+    for job, more in RUNS.items():
+        loss, file, *rest = more.split()
+        argv = [*flags, "--data", files / f"{file}.jsonl", "--loss", loss, *rest]
+        (folder / f"{job}.json").write_text(json.dumps(list(map(str, argv))), "utf-8")
+    ends = launch(folder, *((job, world) for job in RUNS for world in (1, 2)))
     told = "".join(path.read_text("utf-8") for path in folder.glob("*.err"))
     assert {code for code, _ in ends.values()} == {0}, told
     return folder
@@ -254,6 +262,24 @@ def test_only_the_first_process_prints_and_writes(runs):
                    if k not in ("tokens_per_s", "mem_mib"))
     a, b = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, two))
     assert all(torch.allclose(a[name], b[name], atol=1e-5, rtol=0) for name in a)
+
+
+@pytest.mark.parametrize("job", [job for job in RUNS if job != "run"])
+def test_rollouts_and_heads_are_the_same_in_two_processes(runs, job):
+    """Each process samples all responses, and the first one's rewards count.
+    Red: rollouts.py:collect: `if parallel.size() > 1:` -> `if False:`
+    Red: parallel.py: `"response_logps", "response_values", "end_states", ` -> `"response_logps", `
+    Red: parallel.py:shard: `p.data = p.data.to(device)` -> `p.data = p.data * (1 + rank())`"""
+    one, two = (runs / f"{job}{world}" for world in (1, 2))
+    metrics = [[json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").split("\n")
+                if line] for run in (one, two)]
+    assert len(metrics[0]) == 4 and all(a.get("reward_std", 1) > 0.01 for a in metrics[0])
+    for a, b in zip(*metrics, strict=True):
+        assert all(b[k] == pytest.approx(a[k], abs=1e-5, rel=1e-4) for k in a
+                   if k not in ("tokens_per_s", "mem_mib"))
+    for name in ("adapter_model", "heads")[: 1 + (job != "run-grpo")]:
+        a, b = (load_file(run / f"adapter/{name}.safetensors") for run in (one, two))
+        assert all(torch.allclose(a[key], b[key], atol=1e-4, rtol=0) for key in a)
 
 
 def test_a_run_goes_on_in_another_number_of_processes(runs, tmp_path):

@@ -22,7 +22,6 @@ import lora
 import losses
 import model
 import rollouts
-import scoring
 import tokens
 import train
 import update
@@ -89,7 +88,7 @@ def close(found, expected, size=1e-9):
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_tokens_are_drawn_from_the_softmax_of_the_logits_over_the_temperature(
         base, chat, temperature):
-    """4000 first tokens: every share within five standard deviations.
+    """4000 first tokens: every share, and that of the rarest tenth, within five deviations.
     Red: rollouts.py:respond: `config.temperature, 1.0,` -> `1.5, 1.0,`
     Red: rollouts.py:respond: `config.temperature, 1.0,` -> `config.temperature, 0.9,`"""
     net, setup = policy(base, dtype=torch.float32), settings(
@@ -101,6 +100,8 @@ def test_tokens_are_drawn_from_the_softmax_of_the_logits_over_the_temperature(
     p = (logits / temperature).softmax(-1)
     share = drawn.bincount(minlength=len(p)) / len(drawn)
     assert ((share - p).abs() <= 5 * (p * (1 - p) / len(drawn)).sqrt() + 1 / len(drawn)).all()
+    rare = p.sort().indices[p.sort().values.cumsum(0) <= 0.1]
+    assert share[rare].sum().item() == pytest.approx(0.1, abs=5 * math.sqrt(0.09 / 4000))
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -171,6 +172,11 @@ def test_a_hint_is_the_beginning_of_the_solution_and_earns_no_advantage(base, ch
         close(row.sampled.old_logps, read(net, row)[0])
     assert len(set(given)) > 2 and all(len(set(given[i : i + 3])) == 1 for i in (0, 3, 6))
     assert any(any(row.sampled.advantages) for row in rows)
+    net, rows, _ = collected(base, chat, "uft_hint", hint_low=0.5, hint_high=0.5, temperature=1e-6)
+    likeliest = [net.logits(read(net, row)[1]).argmax(-1).tolist() for row in rows]
+    for row, ids in zip(rows, likeliest, strict=True):  # what is drawn follows on the hint
+        count = int(sum(row.sampled.given))
+        assert said(row)[count:] == ids[count:]
 
 
 def test_where_every_hint_is_the_whole_solution_nothing_is_sampled_and_the_rest_is_sft(base, chat):
