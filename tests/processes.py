@@ -156,7 +156,7 @@ def fault(kind):
 
 
 def work(job, world):
-    """One process: `numbers`, a fault, or, of a job run..., the command by the flags in its file."""
+    """One process: `numbers`, a fault, or for a job run... the command by the flags in its file."""
     if job.startswith("run"):
         flags = json.loads(Path(f"{job}.json").read_text("utf-8"))
         return train.main([*flags, "--timeout", "60", "--out", f"{job}{world}"])

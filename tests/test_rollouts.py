@@ -315,7 +315,7 @@ def test_the_base_answers_before_training_whatever_the_adapters_are(base, chat):
     Red: rollouts.py:held_out: `loss="una_online", ` -> ``
     Red: rollouts.py:held_out: `group=1, ` -> ``
     Red: rollouts.py:held_out: `asked[i : i + many]` -> `asked[i : i + 1]`"""
-    net, setup, seen = policy(base), settings("uft_hint", batch_size=2), []
+    net, setup, seen = policy(base), settings("uft_hint", batch_size=2, hint_high=1.0), []
 
     def watched(prompts, texts, answers):
         seen.append(len(texts))
