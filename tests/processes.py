@@ -201,7 +201,7 @@ def main(folder, *jobs):
             if not (pid := os.fork()):
                 child(name, job, world, rank, port)
             running[pid] = name
-    limit = time.monotonic() + 100
+    limit = time.monotonic() + 200
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
