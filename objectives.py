@@ -79,7 +79,7 @@ def token_ratios(t: Terms) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def length(t: Terms) -> Tensor | float:
-    """What grpo divides a row's sum by: its drawn tokens, the mean row's tokens, or a constant."""
+    """What grpo divides a row's sum over tokens by; of its own tokens a hint is not counted."""
     drawn = (t.mask * (1 - t.sampled.given)).sum(-1).clamp(min=1)
     return {"row": drawn, "batch": t.tokens_per_row,
             "constant": t.config.response_tokens}[t.config.grpo_length]

@@ -24,7 +24,7 @@ FLOORS = (("strict", "durable", "deltas"), ("bounds", "weights", "command"),
           ("questions", "rollouts", "stops"), ("evaluate",), ("exam", "update"), ("train",))
 CAPS = {
     "losses.py": 280, "policy_gradients.py": 250, "data.py": 350, "tokens.py": 300, "lora.py": 240,
-    "strict.py": 120, "bounds.py": 120, "weights.py": 120, "peft_config.py": 80,
+    "strict.py": 120, "bounds.py": 120, "weights.py": 120, "peft_config.py": 80, "verifiers.py": 80,
     "vocabulary.py": 120, "templates.py": 130,
     "peft_folder.py": 110, "merging.py": 120, "deltas.py": 60, "architecture.py": 110,
     "backward.py": 330, "packing.py": 120,
@@ -32,7 +32,7 @@ CAPS = {
     "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 160,
     "report.py": 180, "parallel.py": 120, "mixture.py": 105, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,
-    "heads.py": 80, "scoring.py": 70, "rewards.py": 120, "verifiers.py": 80, "update.py": 140,
+    "heads.py": 80, "scoring.py": 70, "rewards.py": 120, "update.py": 140,
     "page.py": 245, "questions.py": 175, "rollouts.py": 190, "train.py": 300, "README.md": 150}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")

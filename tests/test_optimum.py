@@ -171,7 +171,7 @@ def test_these_losses_reach_the_optimum_although_z_is_not_one(rows, name):
 
 def test_the_other_losses_miss_it_in_this_order(rows):
     """0 < BCE < UFT on-policy < uniform data < IPO < data of pi_ref < KTO < the authors' code.
-    Red: lab/optimum.py:examined: `una_reward, REWARDS, ref` -> `una_reward, REWARDS, UNIFORM`
+    Red: lab/optimum.py:examined: `losses.una_reward, REWARDS, ref` -> `losses.una_reward, REWARDS, UNIFORM`
     Red: lab/optimum.py:examined: `losses.uft_bce, score, None` -> `losses.uft_bce, score, UNIFORM`
     Red: lab/optimum.py:kto_labels: `good * yes + (1 - good) * no` -> `yes`"""
     tv = {name: row["tv"] for name, row in rows.items()}
