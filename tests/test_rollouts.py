@@ -213,7 +213,7 @@ def test_grpo_divides_the_distance_from_the_mean_of_the_group_by_a_spread(base, 
     Red: rollouts.py:credit: `.view(-1, 1) * mask,` -> `.view(-1, 1) * 2 * mask,`"""
     _, rows, _ = collected(base, chat, grpo_scale=scale)
     earned = [row.reward for row in rows]
-    assert len(set(earned)) > 3
+    assert len(set(earned)) >= 3
     for i, row in enumerate(rows):
         group = earned[i - i % 3 : i - i % 3 + 3]
         spread = {"group": statistics.stdev(group) + 1e-4, "none": 1.0,
