@@ -115,6 +115,7 @@ def test_without_a_head_there_is_no_file(tmp_path):
 @pytest.mark.parametrize(("held", "told"), [
     ({"score.weight": torch.zeros(2, tiny.D)}, r"score.weight \(2, 16\) is not one of score, val"),
     ({"score.weight": torch.zeros(tiny.D)}, r"score.weight \(16,\) is not"),
+    ({"score.weight": torch.zeros(1, tiny.D, 1)}, r"score.weight \(1, 16, 1\) is not"),
     ({"value.weight": torch.full((1, tiny.D), torch.nan)}, "with finite numbers"),
     ({"scores.weight": torch.zeros(1, tiny.D)}, "scores.weight"),
     ({"model.norm.weight": torch.zeros(1, tiny.D)}, "model.norm.weight"),
