@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import weights
+
 FILE = "heads.safetensors"  # beside an adapter; PEFT does not look at it
 NAMES = ("score", "value", "discriminator")
 
@@ -51,10 +53,10 @@ def save(model: nn.Module, folder: Path) -> None:
 def read(folder: Path) -> dict[str, Tensor]:
     """{"score.weight": (1, D), ...} of an adapter folder, none where it has no file of heads.
 
-    ValueError for another name, another shape, or a number that is not finite.
+    ValueError for another name, another shape, a number that is not finite, or no such file.
     """
     path = folder / FILE
-    held = load_file(path) if path.is_file() else {}
+    held = load_file(path) if path.exists() and weights.header(path) else {}
     for key, weight in held.items():
         name = key.removesuffix(".weight")
         if name not in NAMES or weight.ndim != 2 or len(weight) != 1 or not weight.isfinite().all():

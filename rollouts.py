@@ -18,6 +18,7 @@ from torch import Tensor
 
 import generate
 import model
+import parallel
 import policy_gradients
 import scoring
 import tokens
@@ -37,12 +38,9 @@ def hints(asked: Sequence[tokens.Encoded], config: Config, step: int) -> list[li
         return [[] for _ in asked]
     share = policy_gradients.hint_probability(step, config.hint_low, config.hint_high,
                                               config.hint_steps)
-    generator, out = seeded(config, step, "hints"), []
-    for row in asked:
-        solution = row.ids[row.prompt_len:]
-        out.append(solution[:policy_gradients.hint_length(
-            len(solution), config.hint_parts, share, generator)])
-    return out
+    generator, solutions = seeded(config, step, "hints"), [r.ids[r.prompt_len:] for r in asked]
+    return [s[:policy_gradients.hint_length(len(s), config.hint_parts, share, generator)]
+            for s in solutions]
 
 
 def respond(net: model.Transformer, chat: tokens.Chat, asked: Sequence[tokens.Encoded],
@@ -73,16 +71,17 @@ def collect(net: model.Transformer, chat: tokens.Chat, asked: Sequence[tokens.En
     """
     given = hints(asked, config, step)
     said = respond(net, chat, asked, given, config, step)
-    many = [(row, hint) for row, hint in zip(asked, given, strict=True)
-            for _ in range(config.group)]
+    many = [pair for pair in zip(asked, given, strict=True) for _ in range(config.group)]
     texts = [text(chat, row.ids[:row.prompt_len], ids)
              for (row, _), ids in zip(many, said, strict=True)]
     earned = reward([row.prompt for row, _ in many], texts, [row.answer for row, _ in many])
+    if parallel.size() > 1:  # a user's function may tell each process something else
+        first = torch.tensor(earned, device=config.device) * (parallel.rank() == 0)
+        earned = parallel.together(first).tolist()
     if config.loss == "una_online" and config.una_target == "score" and not all(
             0 <= r <= 1 for r in earned):
-        raise ValueError(f"--reward {config.reward} gives {min(earned):g} to {max(earned):g}, and "
-                         "una_online compares sigmoid(r_theta) with a reward in [0, 1]: give "
-                         "--una_target reward")
+        raise ValueError(f"--reward {config.reward} gives {min(earned):g} to {max(earned):g}, una_o"
+                         "nline compares sigmoid(r_theta) with [0, 1]: give --una_target reward")
     rows = [replace(row, ids=row.ids[:row.prompt_len] + ids, reward=r, kind="sampled",
                     ref_logps=None) for (row, _), ids, r in zip(many, said, earned, strict=True)]
     taught = list(asked) if config.loss == "uniapl" else []
@@ -145,7 +144,8 @@ def credit(earned_B: Tensor, old: Tensor, ref: Tensor, values: Tensor, mask: Ten
         rewards = -config.beta * k1 + F.one_hot(last, mask.shape[1]) * earned_B[:, None]
         advantages, returns = policy_gradients.gae(rewards, values, mask, config.ppo_gamma,
                                                    config.ppo_lam)
-        return policy_gradients.whiten(advantages, mask), returns
+        spread = mask.sum() > 1  # one token alone has none
+        return policy_gradients.whiten(advantages, mask) if spread else advantages, returns
     if config.loss == "rloo":
         earned_PG = (earned_B - config.beta * k1.sum(-1)).view(-1, config.group)
         advantages = policy_gradients.rloo_advantages(earned_PG)
@@ -167,22 +167,24 @@ def measure(rows: Sequence[tokens.Encoded], group: int) -> dict[str, float]:
     """Numbers of sampled rows, {} where there are none; TRL's names where they exist.
 
     reward; reward_std, within a prompt; kl, k1 from the reference in nats a response; tokens of a
-    response. Of the policy that sampled them, before the step's updates.
+    response; hints left out. Of the policy that sampled them, before the step's updates.
     """
-    rows = [row for row in rows if row.sampled]
-    if not rows:
+    if not (rows := [row for row in rows if row.sampled]):
         return {}
     earned = torch.tensor([row.reward for row in rows])
-    k1 = [sum(row.sampled.old_logps) - sum(row.sampled.ref_logps) for row in rows]
-    lengths = [len(row.ids) - row.prompt_len for row in rows]
+    k1 = [old - ref for row in rows for old, ref, *_, given in zip(*row.sampled, strict=True)
+          if not given]
     spread = {"reward_std": earned.view(-1, group).std(1).mean().item()} if group > 1 else {}
     return spread | {"reward": earned.mean().item(), "kl": sum(k1) / len(rows),
-                     "completions/mean_length": sum(lengths) / len(rows)}
+                     "completions/mean_length": len(k1) / len(rows)}
 
 
 def held_out(net: model.Transformer, chat: tokens.Chat, units: Sequence, reward: Reward,
              config: Config) -> dict[str, float]:
-    """`measure` of one response to each held-out prompt, without hints, always of one seed."""
+    """`measure` of one response to each held-out prompt, without hints, always of one seed; as many
+    at a time as a step samples, which takes as much memory."""
     alone = replace(config, group=1, loss="una_online", una_target="reward", anchor="ref")
-    sampled = collect(net, chat, [unit[0] for unit in units], reward, alone, 0)
-    return measure([row for row, in sampled], 1)
+    asked, many = [unit[0] for unit in units], config.batch_size * config.group
+    parts = [collect(net, chat, asked[i : i + many], reward, alone, i)
+             for i in range(0, len(asked), many)]
+    return measure([row for part in parts for row, in part], 1)

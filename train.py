@@ -23,6 +23,7 @@ import checkpoint
 import durable
 import exam
 import heads
+import lines
 import lora
 import memory
 import mixture
@@ -115,6 +116,22 @@ def check_online(config: Config) -> None:
                          f"{name} samples new ones: remove the flag")
 
 
+def check_responses(config: Config, files: Sequence, context: int) -> None:
+    """ValueError where a prompt leaves no room for --response_tokens: it would shorten the others'.
+
+    Of a file that is not read at the start every row may be as long as --max_length.
+    """
+    longest = max(config.max_length if isinstance(units, lines.Units) else max(
+        len(row.ids) if config.loss == "uft_hint" else row.prompt_len
+        for row, *_ in units) for units in files if len(units))
+    if longest + config.response_tokens > context:
+        what = "a solution given as a hint" if config.loss == "uft_hint" else "the longest prompt"
+        raise ValueError(f"--response_tokens {config.response_tokens} behind {what}, {longest} "
+                         f"tokens with its prompt, are more than the model's context of {context}: "
+                         f"give --response_tokens {max(1, context - longest)}, or a lower "
+                         "--max_length")
+
+
 def train(config: Config) -> Path:
     """A whole run; returns its folder.   ValueError for whatever a user can set right."""
     check_device(config.device)
@@ -126,12 +143,16 @@ def train(config: Config) -> Path:
     chat, tests = open_chat(config, folder), exam.read_tests(config)
     exam.check_room(tests, chat, model.ModelConfig.from_folder(folder).max_position_embeddings)
     files, *loaded = mixture.load_data(config, chat, LOSSES[config.loss].reads)
-    inputs = checkpoint.inputs(config, folder, model.weight_files(folder))
+    if LOSSES[config.loss].online:
+        check_responses(config, [*files, loaded[1]],
+                        model.ModelConfig.from_folder(folder).max_position_embeddings)
+    reward = rewards.load(config) if config.reward else None
+    inputs = checkpoint.inputs(config, folder, model.weight_files(folder)) | rewards.inputs(
+        config.reward)
     same = replace(config, device="", out=str(out))
     parallel.agree({"files": repr(inputs), "arguments": repr(same), "torch": torch.__version__},
                    config.device)
     kept = LOSSES[config.loss].reference and reference.store(config, folder)
-    reward = rewards.load(config) if config.reward else None
     net, optimizer = adapted(config, folder)
     with checkpoint.locked(out) if not parallel.rank() else contextlib.nullcontext():
         if not parallel.rank():

@@ -22,6 +22,7 @@ import torch.distributed.fsdp  # before the forks, which then need not
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parameters_to_vector
 
+import heads
 import lora
 import parallel
 import stops
@@ -44,12 +45,16 @@ UNEVEN = [row(0, 20, 10), *(row(i, 4, 6, i / 5) for i in range(1, 5))]  # of 10 
 MIXED = [row(i, 2 + i % 3, 3 + 5 * i % 7, i % 5 / 4) for i in range(9)]
 
 
-def policy(dtype=torch.float64, noise=0.1, targets=lora.TARGETS, **changes):
-    """A tiny model whose adapters are random, cut over the processes where there are several."""
+def policy(dtype=torch.float64, noise=0.1, targets=lora.TARGETS, head="", **changes):
+    """A tiny model whose adapters and head, if it has one, are random, cut over the processes where
+    there are several."""
     net, generator = tiny.transformer(dtype=dtype, **changes), torch.Generator().manual_seed(0)
     lora.inject(net, 2, 4.0, targets, generator=generator)
     for layer in lora.adapters(net).values():
         layer.lora_B.data.copy_(noise * torch.randn(layer.lora_B.shape, generator=generator))
+    if head:
+        drawn = torch.randn(1, tiny.D, generator=generator)
+        heads.attach(net, head).weight.data.copy_(10 * noise * drawn)
     if parallel.size() > 1:
         parallel.shard(net, "cpu")
     return net
@@ -64,10 +69,10 @@ def steps(net, units, count, rate, optimizer=torch.optim.AdamW, **changes):
 
 
 def losses():
-    """One step of every loss, in float64: the gradient. In many processes of three of them."""
-    names = train.LOSSES if parallel.size() < 4 else ("uft", "dpo", "kto")
-    return {loss: steps(policy(), test_train.units_of(loss), 1, 1.0, torch.optim.SGD, loss=loss,
-                        micro_batch_tokens=24) for loss in names}
+    """One step of every loss, in float64: the gradient. In many processes of four of them."""
+    names = train.LOSSES if parallel.size() < 4 else ("uft", "dpo", "kto", "ppo")
+    return {loss: steps(policy(head=train.LOSSES[loss].head), test_train.units_of(loss), 1, 1.0,
+                        torch.optim.SGD, loss=loss, micro_batch_tokens=24) for loss in names}
 
 
 def refused(call):
@@ -151,10 +156,10 @@ def fault(kind):
 
 
 def work(job, world):
-    """One process: `numbers`, a fault, or a run of the command by the flags in run.json."""
-    if job == "run":
-        flags = json.loads(Path("run.json").read_text("utf-8"))
-        return train.main([*flags, "--timeout", "60", "--out", f"run{world}"])
+    """One process: `numbers`, a fault, or for a job run... the command by the flags in its file."""
+    if job.startswith("run"):
+        flags = json.loads(Path(f"{job}.json").read_text("utf-8"))
+        return train.main([*flags, "--timeout", "60", "--out", f"{job}{world}"])
     try:
         Path(f"{job}.json").write_text(json.dumps(time.monotonic()), "utf-8")
         parallel.start(test_train.settings(**RULES, timeout=30.0 if job == "numbers" else TIMEOUT))
@@ -196,7 +201,7 @@ def main(folder, *jobs):
             if not (pid := os.fork()):
                 child(name, job, world, rank, port)
             running[pid] = name
-    limit = time.monotonic() + 100
+    limit = time.monotonic() + 200
     while running:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:

@@ -523,7 +523,7 @@ def test_a_gzip_cut_short_is_named(tmp_path):
 
 def test_rows_without_an_answer_or_a_common_prompt_are_dropped_and_counted(tmp_path):
     """Each with file, line and reason; a file that has no other is refused.
-    Red: doubts.py:usable: `and e.response.strip()` -> ``
+    Red: doubts.py:usable: `and (e.response.strip() or e.kind == "prompt")` -> ``
     Red: data.py:read_pair: `if said != also` -> `if False`
     Red: doubts.py:usable: `if not made` -> `if False`"""
     bad = [{"prompt": "q", "response": " \n"}, {"prompt": [], "response": "a"},
@@ -551,6 +551,37 @@ READS = {  # response, reward and kind, + inside a unit; and the rows left out
     "labels": ("s1s c1c r0r l0s h1s e1s f1s g1s x0r y1c",
                {"a tie": 2, "a score of exactly 1/2": 1}),
 }
+
+
+def test_a_prompt_may_come_alone_or_with_what_its_answers_are_compared_with(tmp_path):
+    """GSM8K's answer is a response too; beside a response it is kept for the comparison alone.
+    Red: data.py:parse: `in (str, int, float) else ""` -> `is str else ""`
+    Red: data.py:parse: `[replace(e, answer=answer) for` -> `[replace(e, answer="") for`
+    Red: data.py:parse: `"response", "chosen", "label"}` -> `"chosen", "label"}`
+    Red: data.py:parse: `named.keys() <= ASKED` -> `True`"""
+    rows = [{"prompt": "q", "answer": "a"}, {"question": "q", "answer": 18},
+            {"prompt": "q", "answer": 0.5}, {"prompt": "q", "response": "r", "answer": "a"},
+            {"prompt": "q", "chosen": "a", "rejected": "b", "answer": 7}, {"prompt": "q"},
+            {"prompt": "q", "system": "s", "input": "i", "history": [["h", "j"]]}]
+    examples, dropped, _ = data.read(written(tmp_path, *rows))
+    assert [(e.response, e.answer, e.kind) for e in examples] == [
+        ("a", "a", "sft"), ("18", "18", "sft"), ("0.5", "0.5", "sft"), ("r", "a", "sft"),
+        ("a", "7", "chosen"), ("b", "7", "rejected"), ("", "", "prompt"), ("", "", "prompt")]
+    assert [len(e.prompt) for e in examples] == [1] * 7 + [4] and not dropped
+    for row in ({"prompt": "q", "answer": True}, {"prompt": "q", "id": 7}):
+        with pytest.raises(ValueError, match="rows.jsonl:1: (response must be|cannot tell)"):
+            data.read(written(tmp_path, row))
+
+
+def test_a_prompt_alone_is_for_losses_that_sample_and_is_counted_by_the_others():
+    """Red: data.py:units: `left["a prompt without a response"] += 1` -> `pass`
+    Red: data.py:units: `group[0].kind == "prompt"` -> `False`"""
+    alone = [data.Example(said(q), "", 1.0, "prompt", "f:1") for q in "qrs"]
+    both = [*alone, data.Example(said("t"), "a", 1.0, "sft", "f:4")]
+    assert data.units(both, "prompts") == ([(e,) for e in both], {})
+    for reads in ("rows", "demonstrations", "labels"):
+        found, left = data.units(both, reads)
+        assert (len(found), left) == (1, {"a prompt without a response": 3})
 
 
 @pytest.mark.parametrize("reads", READS)

@@ -50,10 +50,10 @@ def test_the_reference_is_the_base_model_bit_for_bit(base, adapted, files):
 def test_measures_are_means_over_rows_by_kind():
     """beta = 0.5, so r_theta is 1, .5, 0, -.5, 1. Margins: 1 - .5 = .5, and -(-.5 - 1) = 1.5 as the
     second score is the better; both are above 0.
-    Red: evaluate.py:measure: `u.mean()` -> `u.sum()`
-    Red: evaluate.py:measure: `("dlogp", logps - ref_logps)` -> `("dlogp", u)`
-    Red: evaluate.py:measure: `if kind != "sft"` -> `if kind`
-    Red: evaluate.py:measure: `+ 1]).sign()` -> `+ 1]).abs()`"""
+    Red: evaluate.py:measure_rewards: `u.mean()` -> `u.sum()`
+    Red: evaluate.py:measure: `(logps - ref_logps)[rows]` -> `(0.5 * (logps - ref_logps))[rows]`
+    Red: evaluate.py:measure: `if kind not in ("sft", "sampled")` -> `if kind`
+    Red: evaluate.py:measure_rewards: `+ 1]).sign()` -> `+ 1]).abs()`"""
     s = [1 / (1 + math.exp(-u)) for u in (1, 0.5, -0.5, 1)]
     errors = [(s[0] - 1) ** 2, (s[1] - 0) ** 2, (s[2] - 0.25) ** 2, (s[3] - 0.75) ** 2]
     assert measure() == pytest.approx({
@@ -67,9 +67,9 @@ def test_measures_are_means_over_rows_by_kind():
 def test_a_pair_in_the_wrong_order_is_inaccurate_and_a_tie_does_not_count():
     """Ratings turned round in the first pair, equal in the second: one pair counts, at -.5. It
     counts half where the implicit rewards are equal.
-    Red: evaluate.py:measure: `if rewards[i] != rewards[i + 1]]` -> `if 1]`
-    Red: evaluate.py:measure: `(margins.sign() + 1) / 2` -> `margins.sign()`
-    Red: evaluate.py:measure: `(margins.sign() + 1) / 2` -> `(margins > 0).float()`"""
+    Red: evaluate.py:measure_rewards: `if rewards[i] != rewards[i + 1]]` -> `if 1]`
+    Red: evaluate.py:measure_rewards: `(margins.sign() + 1) / 2` -> `margins.sign()`
+    Red: evaluate.py:measure_rewards: `(margins.sign() + 1) / 2` -> `(margins > 0).float()`"""
     found = measure(rewards=torch.tensor([0.0, 1.0, 1.0, 0.5, 0.5]))
     assert (found["rewards/margins"], found["rewards/accuracies"]) == (-0.5, 0.0)
     alone = measure(rewards=torch.tensor([0.5, 0.5, 1.0, 0.5, 0.5]))
@@ -79,7 +79,7 @@ def test_a_pair_in_the_wrong_order_is_inaccurate_and_a_tie_does_not_count():
 
 def test_what_needs_a_reference_or_feedback_is_left_out_without_it():
     """Red: evaluate.py:measure: `if ref_logps is None:` -> `if 0:`
-    Red: evaluate.py:measure: `if kind != "sft"` -> `if kind`"""
+    Red: evaluate.py:measure: `if kind not in ("sft", "sampled")` -> `if kind`"""
     assert measure(ref_logps=None).keys() == {
         "logps/chosen", "logps/rejected", "logps/sft", "logps/scored", "target/mean"}
     assert measure([2], ()).keys() == {
@@ -112,7 +112,7 @@ def test_baselines_are_the_variance_and_the_distance_from_one_half(base, adapted
 
 def test_held_out_loss_is_equation_7_and_likelihood_is_per_token_of_good_rows(base, adapted, files):
     """With dropout off, and the model left in training as it was; margins are those of the pairs.
-    Red: evaluate.py:held_out: `pair_starts(units)` -> `pair_starts(units[1:])`
+    Red: evaluate.py:held_out: `pair_starts(units), beta` -> `pair_starts(units[1:]), beta`
     Red: evaluate.py:held_out: `net.eval()` -> `pass`
     Red: evaluate.py:held_out: `net.train(training)` -> `pass`
     Red: evaluate.py:held_out: `k in ("sft", "chosen")` -> `k in ("sft", "rejected")`
@@ -157,8 +157,8 @@ def test_the_command_prints_the_numbers_of_every_file(base, adapted, files, tmp_
 
 def test_five_hundred_log_probs_of_a_bfloat16_model_are_added_in_float32():
     """One by one in bfloat16 they would be off by a fiftieth.
-    Red: scoring.py:score: `Scores(token_logps.sum(-1)` -> `Scores(token_logps.bfloat16().sum(-1)`
-    Red: scoring.py:score: `mask)[0].sum` -> `mask)[0].bfloat16().sum`"""
+    Red: scoring.py:score: `Scores(token_logps.sum` -> `Scores(token_logps.bfloat16().sum`
+    Red: scoring.py:score: `Scores(token_logps.sum` -> `Scores(token_logps.bfloat16().sum`"""
     net = tiny.transformer(dtype=torch.bfloat16, max_position_embeddings=600)
     lora.inject(net, 2, 4.0)
     row = tokens.Encoded([i % 20 + 3 for i in range(503)], 3, 1.0, "sft", "f:1", ())
@@ -186,7 +186,7 @@ def test_measuring_is_exact_in_float64():
 
 def test_numbers_of_a_policy_that_gives_none_are_refused(base, adapted, files):
     """No mean may hold a NaN: the first such row is named.
-    Red: evaluate.py:held_out: `check_finite(logps + ref_logps,` -> `(lambda *_: 0)(logps,`
+    Red: evaluate.py:held_out: `check_finite(sum(others, logps),` -> `(lambda *_: 0)(logps,`
     Red: evaluate.py:check_finite: `rows[bad[0]].where` -> `rows[-1].where`"""
     for layer in lora.adapters(adapted).values():
         layer.lora_B.data.fill_(1e38)

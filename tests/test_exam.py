@@ -86,7 +86,7 @@ def test_samples_are_the_first_questions_of_the_files_in_turn(base, files, tests
     """First of the first file, first of the second, second of the first; marked as judged.
     Red: exam.py:examine: `itertools.zip_longest(*answered)` -> `answered`
     Red: exam.py:examine: `text, right > 0)` -> `text, right < 1)`
-    Red: exam.py:examine: `asked, exam.max_new_tokens)` -> `asked)`
+    Red: exam.py:examine: `asked, exam.config.sample_tokens)` -> `asked, 1)`
     Red: report.py:samples: `True: "right  ", False: "wrong  "` -> `True: "", False: ""`
     Red: exam.py:compare: `"right_before": was` -> `"right_before": now and was`"""
     samples = run(base, files / "scores.jsonl", tmp_path / "run", tests[::-1])["samples"]

@@ -110,7 +110,7 @@ def test_every_gradient_is_the_closed_form_times_the_gradients_of_the_logps(name
     Red: losses.py:ipo: `(h - 1 / (2 * beta)).square()` -> `(h - 1 / (2 * beta)).square() / 2`
     Red: losses.py:orpo: `logodds_ratio = (chosen -` -> `logodds_ratio = (0 * chosen -`
     Red: losses.py:simpo: `beta * (chosen_mean_logps` -> `(chosen_mean_logps`
-    Red: lora.py:disabled: `layer.enabled = False` -> `layer.enabled = True`
+    Red: lora.py:disabled: `part.enabled = False` -> `part.enabled = True`
     """
     net = policy(noise=0.05)
     l, l0, n = score(net)

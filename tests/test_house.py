@@ -16,7 +16,7 @@ import red
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (("strict", "durable", "deltas"), ("bounds", "weights", "command"),
           ("architecture", "backward", "peft_config", "vocabulary", "templates", "records",
-           "doubts", "heads"),
+           "doubts", "heads", "verifiers"),
           ("packing", "peft_folder"), ("merging",),
           ("losses", "policy_gradients", "data", "tokens", "lora", "model", "config"),
           ("lines", "objectives", "report", "scoring"),
@@ -25,7 +25,7 @@ FLOORS = (("strict", "durable", "deltas"), ("bounds", "weights", "command"),
           ("exam", "update", "memory"), ("train",))
 CAPS = {
     "losses.py": 280, "policy_gradients.py": 250, "data.py": 350, "tokens.py": 300, "lora.py": 240,
-    "strict.py": 120, "bounds.py": 120, "weights.py": 120, "peft_config.py": 80,
+    "strict.py": 120, "bounds.py": 120, "weights.py": 120, "peft_config.py": 80, "verifiers.py": 80,
     "vocabulary.py": 120, "templates.py": 130,
     "peft_folder.py": 110, "merging.py": 140, "deltas.py": 60, "architecture.py": 110,
     "backward.py": 330, "packing.py": 120,

@@ -9,6 +9,7 @@ import torch
 
 import lora
 import model
+import objectives
 import train
 from lab import (
     beta,
@@ -209,9 +210,10 @@ def test_every_arm_names_a_loss_and_sees_as_many_rows_a_step(name):
 def gradients(name, beta, gains, rewards, kinds):
     """dL/dlogps of a loss of the lab, by autograd."""
     logps = torch.tensor(gains, dtype=torch.float64, requires_grad=True)
-    terms = train.Terms(logps, torch.zeros_like(logps), None, None, torch.tensor(rewards).double(),
-                        kinds, torch.zeros(()), 1.0, experiment.settings(MIXED, 0).__class__(
-                            model="m", data=("d",), beta=beta))
+    terms = objectives.Terms(
+        logps, torch.zeros_like(logps), None, None, None, None, torch.tensor(rewards).double(),
+        kinds, torch.zeros(()), 1.0, experiment.settings(MIXED, 0).__class__(
+            model="m", data=("d",), beta=beta))
     (train.LOSSES | experiment.OWN)[name].loss(terms).sum().backward()
     return logps.grad
 

@@ -260,7 +260,7 @@ def test_a_bad_line_that_the_sample_did_not_meet_is_dropped_and_listed(tmp_path,
     Red: lines.py:Units.read: `except ValueError as error` -> `except KeyError as error`"""
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"prompt": "q", "response": "a"})
-    path.write_text(f"{good}\n{{\n{json.dumps({'prompt': 'q'})}\n{good}\n")
+    path.write_text(f"{good}\n{{\n{json.dumps({'text': 'q'})}\n{good}\n")
     settings = config.Config(model="m", data=(str(path),), max_length=99)
     units = lines.Units(path, settings, tokens.Chat(base, "plain"), "rows")
     found = [units[i] for i in range(4)]

@@ -95,7 +95,7 @@ def test_disabled_adapters_are_the_reference_bit_for_bit_after_training():
 def test_disabling_nests_and_survives_an_exception():
     """Leaving a block restores what was before it, not `on`.
 
-    Red: lora.py:disabled: `layer.enabled = enabled` -> `layer.enabled = True`
+    Red: lora.py:disabled: `part.enabled = enabled` -> `part.enabled = True`
     """
     net = adapted()
     on = logits(net)

@@ -183,7 +183,7 @@ def test_a_mistake_ends_with_one_sentence_and_exit_code_2(case, place, capsys):
     Red: config.py:is_range: `x[1] < math.inf` -> `x[1]`
     Red: config.py:check_device: `not in ("cpu", "cuda", "mps")` -> `in ()`
     Red: config.py:Config.__post_init__: `x <= 2**16` -> `x`
-    Red: config.py:Config.__post_init__: `max_grad_norm lr"` -> `max_grad_norm"`
+    Red: config.py:Config.__post_init__: `norm lr temperature clip"` -> `norm temperature clip"`
     Red: mixture.py:load_data: `raise FILE:WEIGHT` -> `raise it`
     Red: exam.py:read_tests: `if not config.sample_tokens and` -> `if 0 and`
     Red: evaluate.py:main: `if not rows:` -> `if 0:`"""
@@ -267,7 +267,8 @@ def test_the_batch_that_broke_a_run_is_saved_with_its_rows(place):
 def test_every_field_is_a_flag_that_reaches_the_config(field, monkeypatch):
     """Red: config.py:parse_flags: `**given | ` -> `model=given["model"], loss=given["loss"], **`"""
     value = {"loss": "dpo", "template": "chatml", "dtype": "bfloat16", "data": ("x",),
-             "test": ("x",)}.get(
+             "test": ("x",), "anchor": "old", "una_target": "reward", "grpo_scale": "batch",
+             "grpo_length": "constant"}.get(
         field.name, VALUES[field.type])
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
     got = []

@@ -33,6 +33,11 @@ ENDS = {  # exit code and sentence of each rank
     "port": ((2, r"^train.py: 2 processes did not meet within 5 s: .* EADDRINUSE"),)}
 
 
+ONLINE = "--reward tiny:ranked --group 3 --response_tokens 5"  # a reward of the process's own
+RUNS = {"run": "dpo pairs", "run-grpo": f"grpo demonstrations --updates 2 {ONLINE}",
+        "run-ppo": f"ppo demonstrations {ONLINE}", "run-reward_model": "reward_model pairs"}
+
+
 def launch(folder, *jobs):
     """Every process of (job, world), each by its own name: what it found, its end, its stderr."""
     command = [sys.executable, "-B", Path(__file__).with_name("processes.py"), folder]
@@ -62,14 +67,17 @@ def faults(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, base, files):
-    """A folder that holds run1 and run2, the same command in one process and in two."""
+    """A folder that holds run1 and run2, the same command in one process and in two, and so on for
+    every job of RUNS."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ["--model", base, "--data", files / "pairs.jsonl", "--template", "plain", "--lr", ".01",
-             "--max_length", "128", "--held_out", "4", "--sample_tokens", "2", "--lora_r", "2",
-             "--loss", "dpo", "--steps", "4", "--save_every", "2", "--batch_size", "5",
-             "--micro_batch_tokens", "64"]
-    (folder / "run.json").write_text(json.dumps(list(map(str, flags))), "utf-8")
-    ends = launch(folder, ("run", 1), ("run", 2))
+    flags = ["--model", base, "--template", "plain", "--lr", ".01", "--max_length", "128",
+             "--held_out", "4", "--sample_tokens", "2", "--lora_r", "2", "--steps", "4",
+             "--save_every", "2", "--batch_size", "5", "--micro_batch_tokens", "64"]
+    for job, more in RUNS.items():
+        loss, file, *rest = more.split()
+        argv = [*flags, "--data", files / f"{file}.jsonl", "--loss", loss, *rest]
+        (folder / f"{job}.json").write_text(json.dumps(list(map(str, argv))), "utf-8")
+    ends = launch(folder, *((job, world) for job in RUNS for world in (1, 2)))
     told = "".join(path.read_text("utf-8") for path in folder.glob("*.err"))
     assert {code for code, _ in ends.values()} == {0}, told
     return folder
@@ -142,7 +150,7 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch, changes, world
 @pytest.mark.parametrize("loss", train.LOSSES)
 def test_a_step_is_the_same_in_one_two_and_four_processes(numbers, loss):
     """Gradient and every metric, in float64, on every rank; z0 of kto, pairs, reference pass. Four
-    processes step by three of the losses only.
+    processes step by four of the losses only.
     Red: parallel.py:sum_gradients: `size() > 1` -> `size() > 2`
     Red: parallel.py:turns: `units[:cuts[rank()]]` -> `units[:cuts[0]]`
     Red: update.py:train_step: `found[:own]` -> `found`
@@ -193,7 +201,7 @@ def test_a_process_holds_its_part_of_the_base_and_one_whole_block_at_a_time(numb
 
 
 def test_a_sharded_model_samples_as_the_whole_and_starts_at_its_reference(numbers):
-    """Red: parallel.py:shard: `"extend", ` -> ``"""
+    """Red: parallel.py: `"extend", ` -> ``"""
     for found in (*numbers[2], *numbers[4]):
         assert all(found[name] == numbers[1][0][name] for name in ("sampled", "start"))
     assert [said.endswith("ok") for said in numbers[4][3]["start"]] == [True, True]
@@ -254,6 +262,24 @@ def test_only_the_first_process_prints_and_writes(runs):
                    if k not in ("tokens_per_s", "mem_mib"))
     a, b = (load_file(run / "adapter/adapter_model.safetensors") for run in (one, two))
     assert all(torch.allclose(a[name], b[name], atol=1e-5, rtol=0) for name in a)
+
+
+@pytest.mark.parametrize("job", [job for job in RUNS if job != "run"])
+def test_rollouts_and_heads_are_the_same_in_two_processes(runs, job):
+    """Each process samples all responses, and the first one's rewards count.
+    Red: rollouts.py:collect: `if parallel.size() > 1:` -> `if False:`
+    Red: parallel.py: `"response_logps", "response_values", "end_states", ` -> `"response_logps", `
+    Red: parallel.py:shard: `p.data = p.data.to(device)` -> `p.data = p.data * (1 + rank())`"""
+    one, two = (runs / f"{job}{world}" for world in (1, 2))
+    metrics = [[json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").split("\n")
+                if line] for run in (one, two)]
+    assert len(metrics[0]) == 4 and all(a.get("reward_std", 1) > 0.01 for a in metrics[0])
+    for a, b in zip(*metrics, strict=True):
+        assert all(b[k] == pytest.approx(a[k], abs=1e-5, rel=1e-4) for k in a
+                   if k not in ("tokens_per_s", "mem_mib"))
+    for name in ("adapter_model", "heads")[: 1 + (job != "run-grpo")]:
+        a, b = (load_file(run / f"adapter/{name}.safetensors") for run in (one, two))
+        assert all(torch.allclose(a[key], b[key], atol=1e-4, rtol=0) for key in a)
 
 
 def test_a_run_goes_on_in_another_number_of_processes(runs, tmp_path):

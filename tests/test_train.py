@@ -29,6 +29,7 @@ REWARDS = (1.0, 0.0, 0.25, 0.75, 1.0, 0.5)
 FILE = {loss: {"rows": "scores", "prompts": "demonstrations"}.get(o.reads, o.reads)
         for loss, o in train.LOSSES.items()}
 LOSSES = pytest.mark.parametrize("loss", train.LOSSES)
+ONLINE = ("--reward", "tiny:letters", "--group", "4", "--response_tokens", "6")  # rollouts' flags
 
 
 def settings(loss="uft", **changes):
@@ -262,7 +263,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(base, files, tmp_pat
     Red: train.py:run_steps: `f"{config.seed} {step} ` -> `f"{start} {step} `
     Red: checkpoint.py:restore: `optimizer.state[weights[name]][part] = tensor.to(place)` -> `pass`
     Red: checkpoint.py:restore: `weights[name].data.copy_(tensor)` -> `pass`
-    Red: train.py:run: `config, state["place"]` -> `config, (0, 0)`"""
+    Red: train.py:run: `(state["place"], listed)` -> `((0, 0), listed)`"""
     flags = ("--steps", "8", "--save_every", "3", "--keep", "3", "--lora_dropout", dropout)
     whole = run(base, files / "scores.jsonl", tmp_path / "whole", *flags)
     for stop in (3, 6):
@@ -332,8 +333,9 @@ def test_every_loss_trains_an_adapter_to_sample_from(loss, base, files, tmp_path
     Red: update.py:train_step: `optimizer.step()` -> `pass`
     Red: lora.py:LoRALinear.__init__: `torch.float32)` -> `torch.bfloat16)`"""
     out = run(base, f"{files}/{FILE[loss]}.jsonl", tmp_path / "run", "--loss", loss, "--steps", "2",
-              "--dtype", "bfloat16")
-    assert "implicit reward at step 0: 0 (expected 0)" in capsys.readouterr().out
+              "--dtype", "bfloat16", *(ONLINE if train.LOSSES[loss].online else ()))
+    what = "score" if loss == "reward_model" else "implicit reward"
+    assert f"{what} at step 0: 0 (expected 0)" in capsys.readouterr().out
     net = model.load(base, torch.bfloat16)
     lora.load(net, out / "adapter")
     adapter = load_file(out / "adapter/adapter_model.safetensors")
@@ -347,7 +349,7 @@ def test_a_run_folder_holds_settings_metrics_with_trls_names_and_peft_files(base
     Red: train.py:run: `report.write_json(out / "config.json", asdict(config))` -> `pass`
     Red: train.py:run: `page.write(out)` -> `pass`
     Red: train.py:run_steps: `"epoch":` -> `"epochs":`
-    Red: evaluate.py:measure: `out["rewards/margins"]` -> `out["margins"]`"""
+    Red: evaluate.py:measure_rewards: `out["rewards/margins"]` -> `out["margins"]`"""
     out = run(base, files / "pairs.jsonl", tmp_path / "run", "--loss", "dpo", "--steps", "2")
     kept = ["adapter_config.json", "adapter_model.safetensors"]
     assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.*")) == [

@@ -1,4 +1,6 @@
 """Tiny random models for the tests: float64 by default, so that algebra is exact to 1e-12."""
+import os
+
 import torch
 
 import model
@@ -15,6 +17,16 @@ def config(model_type: str = "mistral", **changes) -> dict:
         "tie_word_embeddings": False, "max_position_embeddings": 128, "bos_token_id": 1,
         "eos_token_id": 2,
     } | changes
+
+
+def letters(_: str, response: str, __: str) -> float:
+    """The share of a response that is letters a to z: a reward in [0, 1] of any text."""
+    return sum(c in "abcdefghijklmnopqrstuvwxyz" for c in response) / max(1, len(response))
+
+
+def ranked(_: str, response: str, __: str) -> float:
+    """`letters`, less in every process but the first, as if it were no function of the text."""
+    return letters(_, response, __) / (1 + int(os.environ.get("RANK", "0")))
 
 
 def transformer(seed: int = 0, dtype=torch.float64, **changes) -> model.Transformer:

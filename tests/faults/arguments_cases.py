@@ -37,7 +37,7 @@ TRAIN = {  # flag: (family, what is expected, values that are refused)
     "truncate_prompt": ("A16", "true or false", "yes 0"),
     "gradient_checkpointing": ("A16", "true or false", "on"),
     "dtype": ("A09", "float32", "float16 float64 fp16 int8 x"),
-    "loss": ("A10", "una_pair", "rlhf UFT ppo uft,sft x"),
+    "loss": ("A10", "una_pair", "rlhf UFT pp0 uft,sft x"),
     "template": ("A10", "chatml", "llama Chatml x"),
     "device": ("A15", "cannot be used here", "cuda cuda:99 gpu mps meta xla privateuseone x"),
     "lora_targets": ("A06", "matches no linear layer; up_proj", "qproj q_proj,qproj x .* , 1"),
@@ -221,9 +221,67 @@ def losses() -> list[Case]:
     needs = {"uft": "data scores pairs labels", "uft_bce": "scores", "una_binary": "labels scores",
              "una_pair": "pairs", "sft": "data pairs", "sft_token_mean": "data", "dpo": "pairs",
              "ipo": "pairs", "bco_pair": "pairs", "kto": "labels pairs", "orpo": "pairs",
-             "simpo": "pairs"}
+             "simpo": "pairs", "dro": "scores data", "reward_model": "pairs"}
     return [Case(f"A10 {loss} on {name}", "train", None, f"--loss {loss} --data DIR/{name}.jsonl",
                  f"loss={loss}", "V") for loss, names in needs.items() for name in names.split()]
+
+
+def rollouts() -> list[Case]:
+    """A20: losses that sample need a reward, one that gives numbers; the others need none."""
+    rules = write("rule.py", "def f(prompt, response, answer): return VALUE\nVALUE = 'x'\n")
+    online = "--group 2 --response_tokens 4 --batch_size 2"
+
+    def gives(value: str) -> Change:
+        return write("rule.py", f"def f(prompt, response, answer):\n    return {value}\n")
+
+    out = [Case(f"A20 {loss} without a reward", "train", None, f"--loss {loss}",
+                f"--loss {loss}; --reward") for loss in (
+        "una_online", "rloo", "grpo", "ppo", "uft_hint", "uniapl")]
+    out += [Case(f"A20 a reward for {loss}", "train", None, f"--loss {loss} --reward exact",
+                 f"--loss {loss}; --reward; remove") for loss in ("uft", "dpo", "reward_model")]
+    out += [Case(f"A20 {loss} with one response", "train", None,
+                 f"--loss {loss} --reward exact --group 1", f"--loss {loss}; --group 1; 2 or more")
+            for loss in ("rloo", "grpo", "uft_hint", "uniapl")]
+    out += [Case(f"A20 --{flag} {value}", "train", None, f"--{flag}={value}", f"--{flag}; {told}")
+            for flag, told, values in (
+        ("temperature", "above 0", "0 -1"), ("clip", "above 0", "0 -1"),
+        ("group", "1 to 65536", "0 -1"), ("response_tokens", "1 to 65536", "0"),
+        ("updates", "1 to 65536", "0"), ("hint_parts", "1 to 65536", "0"),
+        ("hint_low", "0 to 1", "2"), ("hint_high", "0 to 1", "-1"), ("ppo_lam", "0 to 1", "2"),
+        ("ppo_gamma", "0 to 1", "2"), ("ppo_value_weight", "0 or more", "-1"),
+        ("hint_weight", "0 or more", "-1"), ("sft_weight", "0 or more", "-1"),
+        ("discriminator_weight", "0 or more", "-1"), ("center_rewards", "0 or more", "-1"),
+        ("anchor", "ref", "base"), ("una_target", "reward", "x"), ("grpo_scale", "batch", "x"),
+        ("grpo_length", "constant", "x")) for value in values.split()]
+    named = {"exacct": "exacct; MODULE:FUNCTION", "DIR/none": "MODULE:FUNCTION",
+             "no_such:f": "no_such:f; imported", "rule:g": "rule:g; imported",
+             "rule:VALUE": "rule:VALUE; no function", "DIR/data.jsonl": "MODULE:FUNCTION",
+             "DIR/adapter": "my/base"}
+    out += [Case(f"A20 a reward named {name}", "train", rules,
+                 f"--loss grpo {online} --reward {name}", words) for name, words in named.items()]
+    return out + [
+        Case("A20 a cache of what is sampled", "train", None,
+             "--loss grpo --reward exact --reference_cache DIR/c", "--reference_cache; grpo"),
+        Case("A20 no room for responses", "train", None,
+             "--loss grpo --reward exact --response_tokens 125", "--response_tokens 125; 128"),
+        Case("A20 a model without a head", "train", several(rules, lambda p: write(
+            "model/chat_template.jinja", "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+            )(p)), f"--loss grpo {online} --reward DIR/model", "DIR/model; no score head"),
+        *(Case(f"A20 a reward of {value}", "train", gives(value),
+               f"--loss grpo {online} --reward rule:f", f"rule:f; {told}", "K")
+          for value, told in (("float('nan')", "nan"), ("None", "None"), ("'0.5'", "0.5"),
+                              ("1 / 0", "ZeroDivisionError; rule.py:2"), ("[1]", "[1]"))),
+        Case("A20 a reward beyond 1", "train", gives("2"), f"--loss una_online {online} "
+             "--reward rule:f", "rule:f; 2 to 2; --una_target reward", "K"),
+        Case("A20 prompts without answers", "train", write(
+            "data.jsonl", "".join(f'{{"prompt": "Say {i}."}}\n' for i in range(9))),
+            f"--loss grpo {online} --reward exact", "exact; no answer", "K"),
+        Case("A20 prompts alone are for losses that sample", "train", write(
+            "data.jsonl", "".join(f'{{"prompt": "Say {i}."}}\n' for i in range(9))), "--loss sft",
+            "nothing is left; a prompt without a response"),
+        Case("A20 prompts alone are sampled from", "train", several(gives("len(response)"), write(
+            "data.jsonl", "".join(f'{{"prompt": "Say {i}."}}\n' for i in range(9)))),
+            f"--loss rloo {online} --reward rule:f", "reward", "V")]
 
 
 def broken_pipe(place: Path) -> None:
@@ -267,4 +325,4 @@ def surroundings() -> list[Case]:
 
 def cases() -> list[Case]:
     return [*numbers("train", TRAIN), *numbers("evaluate", EVALUATE), *words(), *good(),
-            *folders(), *losses(), *surroundings()]
+            *folders(), *losses(), *rollouts(), *surroundings()]

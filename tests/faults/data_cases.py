@@ -330,7 +330,7 @@ def columns() -> list[Case]:
         "pairs and scores": (FORMATS["pair"] | {"score": 1}, "'score'"),
         "HelpSteer2 and score": (FORMATS["HelpSteer2"] | {"score": 1}, "'score'")}.items()]
     out += [bad(f"D08 {n}", row, "cannot tell the format; prompt+response") for n, row in {
-        "no column": {}, "one column": {"text": "q"}, "only a prompt": {"prompt": "q"},
+        "no column": {}, "one column": {"text": "q"}, "a prompt and more": {"prompt": "q", "id": 1},
         "other columns": {"source": 1, "target": 2}, "half a pair": {"prompt": "q", "chosen": "a"}
         }.items()]
     extra = {"id": 7, "source": "web", "date": "2024", "category": None, "meta": {"a": [1]}}

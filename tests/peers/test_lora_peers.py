@@ -15,6 +15,7 @@ from test_model_peers import float64_islands, ids, near, peer, random_peer
 from transformers import AutoModelForCausalLM
 
 import deltas
+import heads
 import lora
 import merging
 import model
@@ -104,13 +105,15 @@ def test_an_adapter_written_again_here_still_opens_in_peft(tmp_path, config):
 @families
 @pytest.mark.parametrize("targets", [lora.TARGETS, ("q_proj",), "all-linear", r".*\.1\.mlp\..*"])
 def test_an_adapter_written_here_opens_in_peft(tmp_path, kind, targets, recwarn):
-    """Logits within 1e-10 and not a word about missing or unexpected keys.
+    """Logits within 1e-10 and not a word about missing or unexpected keys, with a head beside it.
 
     Red: lora.py:save: `"lora_alpha": alphas[first]` -> `"lora_alpha": ranks[first]`
+    Red: heads.py: `FILE = "heads.safetensors"` -> `FILE = "adapter_model.safetensors"`
     """
     random_peer(tmp_path / "base", model_type=kind)
     net = model.load(tmp_path / "base", torch.float32)  # adapters are stored in float32
     lora.inject(net, 8, 4, targets, generator=torch.Generator().manual_seed(0))
+    heads.attach(net, "score").weight.data.fill_(1.0)
     lora.save(randomise(net), tmp_path / "adapter", str(tmp_path / "base"))
     base = peer(tmp_path / "base", torch.float32, "sdpa")
     opened = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
