@@ -321,7 +321,7 @@ def test_responses_are_drawn_with_the_probabilities_that_the_losses_read(world):
     temperature 1 and .7; the other temperature, or the reference, is more than 10 away.
     Red: generate.py:next_token: `(logits_BV / temperature)` -> `(logits_BV * temperature)`
     Red: model.py:Transformer.token_logps: `hidden_SD / temperature` -> `hidden_SD * temperature`
-    Red: generate.py:sample: `net.logits(hidden_BTD[:, -1])` -> `net.logits(hidden_BTD[:, 0])`"""
+    Red: generate.py:read: `found[i] = hidden_BTD[n, -1]` -> `found[i] = hidden_BTD[n, 0]`"""
     drawn = generate.sample(world.net, [world.prompt] * 3000, language.LONGEST, {language.END},
                             world.temperature, 1.0, torch.Generator().manual_seed(0))
     count = Counter(map(tuple, drawn))

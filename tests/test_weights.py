@@ -87,7 +87,7 @@ def test_a_saved_config_is_written_for_readers_old_and_new(tmp_path):
     """Both spellings of the rotary keys and of the dtype, the class that transformers looks for.
 
     Red: model.py:save: `None if rope["rope_type"] == "default" else rope` -> `rope`
-    Red: model.py:save: `capitalize() + "ForCausalLM"` -> `capitalize()`
+    Red: model.py:save: `capitalize() + kind` -> `capitalize()`
     Red: model.py:save: `"rope_parameters": rope,` -> ``
     Red: model.py:save: `"dtype": dtype, "torch_dtype": dtype` -> `"dtype": dtype`
     Red: model.py:save: `metadata={"format": "pt"}` -> `metadata={}`

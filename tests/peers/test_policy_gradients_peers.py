@@ -257,7 +257,7 @@ def test_ppo_is_its_definition_token_by_token(gamma, lam):
 def test_whitened_advantages_of_a_single_token_are_zero():
     """Its variance has n - 1 = 0 below it: nan, were it not for that. (TRL 0.13 refused it.)
 
-    Red: policy_gradients.py:whiten: `int(len(x) > 1)` -> `1`
+    Red: policy_gradients.py:whiten: `min(1, len(x) - 1)` -> `1`
     """
     mask = torch.tensor([[False, True, False]])
     config, zeros = settings(loss="ppo", group=1), torch.zeros(1, 3)
