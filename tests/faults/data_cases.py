@@ -299,7 +299,9 @@ def columns() -> list[Case]:
     for form, row in FORMATS.items():
         for field in row:
             less = {k: v for k, v in row.items() if k != field}
-            if field not in ("input", "system", "history", "label", "score"):
+            alone = less.keys() <= {"prompt", "instruction", "input", "system", "history"}
+            if field not in ("input", "system", "history", "label", "score") and (
+                    not alone or not less.keys() & {"prompt", "instruction"}):
                 out.append(bad(f"D09 {form} without {field}", less, ""))
             out += [bad(f"D09 {form} with {n} as {field}", row | {field: value},
                         NAMES.get(field, field)) for n, value in STRANGE.items()
