@@ -35,7 +35,7 @@ FORMATS = {  # a good row of each
 STRANGE = {"a number": 7, "null": None, "a list of numbers": [7], "an object": {"a": 1},
            "an object in a list": [{"a": 1}], "a nested list": [["x"]], "true": True}
 FINE = {("input", "null"), ("system", "null"), ("history", "null"), ("label", "true"),
-        ("score_chosen", "a number"), ("score_rejected", "a number")}
+        ("score_chosen", "a number"), ("score_rejected", "a number"), ("answer", "a number")}
 
 
 NAMES = {"messages": "message", "instruction": "prompt", "question": "prompt", "data": "",
@@ -299,7 +299,10 @@ def columns() -> list[Case]:
     for form, row in FORMATS.items():
         for field in row:
             less = {k: v for k, v in row.items() if k != field}
-            if field not in ("input", "system", "history", "label", "score"):
+            alone = less.keys() <= {"prompt", "instruction", "question", "input", "system",
+                                     "history"}
+            if field not in ("input", "system", "history", "label", "score") and (
+                    not alone or not less.keys() & {"prompt", "instruction", "question"}):
                 out.append(bad(f"D09 {form} without {field}", less, ""))
             out += [bad(f"D09 {form} with {n} as {field}", row | {field: value},
                         NAMES.get(field, field)) for n, value in STRANGE.items()
