@@ -114,12 +114,7 @@ def complete(net: model.Transformer, chat: tokens.Chat, prompts: Sequence[tuple]
     """The text answered to each conversation, without its end token."""
     asked = [chat.prompt_ids(p) for p in prompts]
     answers = sample(net, asked, max_new_tokens, chat.stop_ids, temperature, top_p, generator)
-    out = []
-    for prompt, ids in zip(asked, answers, strict=True):
-        ids = ids[:-1] if ids and ids[-1] in chat.stop_ids else ids
-        text = chat.decode(prompt + ids)[len(chat.decode(prompt)):]
-        out.append(text.removeprefix(chat.gap))
-    return out
+    return [chat.answer(prompt, ids) for prompt, ids in zip(asked, answers, strict=True)]
 
 
 def turn(text: str) -> tuple[str, str]:

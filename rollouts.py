@@ -57,12 +57,6 @@ def respond(net: model.Transformer, chat: tokens.Chat, asked: Sequence[tokens.En
             for _ in range(config.group)]
 
 
-def text(chat: tokens.Chat, prompt: list[int], ids: list[int]) -> str:
-    """What was said, without its end token."""
-    ids = ids[:-1] if ids and ids[-1] in chat.stop_ids else ids
-    return chat.decode(prompt + ids)[len(chat.decode(prompt)):].removeprefix(chat.gap)
-
-
 def collect(net: model.Transformer, chat: tokens.Chat, asked: Sequence[tokens.Encoded],
             reward: Reward, config: Config, step: int) -> list[tuple[tokens.Encoded]]:
     """One step's units: a row for each response and, for uniapl, one for each demonstration.
@@ -72,7 +66,7 @@ def collect(net: model.Transformer, chat: tokens.Chat, asked: Sequence[tokens.En
     given = hints(asked, config, step)
     said = respond(net, chat, asked, given, config, step)
     many = [pair for pair in zip(asked, given, strict=True) for _ in range(config.group)]
-    texts = [text(chat, row.ids[:row.prompt_len], ids)
+    texts = [chat.answer(row.ids[:row.prompt_len], ids)
              for (row, _), ids in zip(many, said, strict=True)]
     earned = reward([row.prompt for row, _ in many], texts, [row.answer for row, _ in many])
     if parallel.size() > 1:  # a user's function may tell each process something else
@@ -80,8 +74,8 @@ def collect(net: model.Transformer, chat: tokens.Chat, asked: Sequence[tokens.En
         earned = parallel.together(first).tolist()
     if config.loss == "una_online" and config.una_target == "score" and not all(
             0 <= r <= 1 for r in earned):
-        raise ValueError(f"--reward {config.reward} gives {min(earned):g} to {max(earned):g}, una_o"
-                         "nline compares sigmoid(r_theta) with [0, 1]: give --una_target reward")
+        raise ValueError(f"--reward {config.reward} gives {min(earned):g} to {max(earned):g}, but "
+                         "una_online wants 0 to 1: give --una_target reward")
     rows = [replace(row, ids=row.ids[:row.prompt_len] + ids, reward=r, kind="sampled",
                     ref_logps=None) for (row, _), ids, r in zip(many, said, earned, strict=True)]
     taught = list(asked) if config.loss == "uniapl" else []

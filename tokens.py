@@ -183,6 +183,11 @@ class Chat:
         (folder / "chat_template.jinja").write_text(self.source, "utf-8")
         (folder / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
+    def answer(self, prompt: list[int], ids: list[int]) -> str:
+        """What a response's ids say behind the prompt's, without their end token."""
+        ids = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+        return self.decode(prompt + ids)[len(self.decode(prompt)):].removeprefix(self.gap)
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids, control tokens included."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -225,8 +225,8 @@ def scripted(monkeypatch, *answers):
 
 def test_complete_drops_the_end_token_and_nothing_else(base, monkeypatch):
     """A cut response keeps its last token; inner blanks stay.
-    Red: generate.py:complete: `ids = ids[:-1] if` -> `ids = ids if`
-    Red: generate.py:complete: `if ids and ids[-1] in chat.stop_ids` -> `if 1`"""
+    Red: tokens.py:Chat.answer: `ids = ids[:-1] if` -> `ids = ids if`
+    Red: tokens.py:Chat.answer: `if ids and ids[-1] in self.stop_ids` -> `if 1`"""
     chat = tokens.Chat(base, "plain")
     ended, cut = chat.response_ids("one  two"), chat.response_ids(" three ")[:-1]
     scripted(monkeypatch, ended, cut, [chat.end_id])

@@ -142,7 +142,7 @@ def test_a_response_ends_behind_its_end_token_which_is_scored_or_where_it_is_cut
     """Both happen; nothing is scored behind the end, and the judge does not see the end token.
     Red: rollouts.py:respond: `chat.stop_ids, config` -> `(), config`
     Red: rollouts.py:respond: `config.response_tokens,` -> `config.response_tokens + 1,`
-    Red: rollouts.py:text: `ids[:-1] if ids and ids[-1] in chat.stop_ids else ids` -> `ids`
+    Red: tokens.py:Chat.answer: `ids[:-1] if ids and ids[-1] in self.stop_ids else ids` -> `ids`
     Red: rollouts.py:credited: `*tables[:, i, mask[i]].tolist())` -> `*tables[:, i].tolist())`"""
     _, rows, setup = collected(base, chat, count=6)
     ends = [[i in chat.stop_ids for i in said(row)] for row in rows]
@@ -151,7 +151,7 @@ def test_a_response_ends_behind_its_end_token_which_is_scored_or_where_it_is_cut
     assert 0 < len(cut) < len(rows) and set(cut) == {setup.response_tokens}
     for row in rows:
         assert {len(table) for table in row.sampled} == {len(said(row))}
-        heard = rollouts.text(chat, row.ids[:row.prompt_len], said(row))
+        heard = chat.answer(row.ids[:row.prompt_len], said(row))
         assert heard == chat.decode([i for i in said(row) if i not in chat.stop_ids])
         assert row.reward == tiny.letters("", heard, "")
 
