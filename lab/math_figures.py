@@ -84,7 +84,7 @@ def shown(beta: float) -> Tensor:
 
 def small_beta(axes: list[Axes]) -> None:
     """Where UFT ends for every beta, and how hard it pushes a scored row at three values of u."""
-    betas = torch.logspace(-3, 1, 33, dtype=torch.float64)
+    betas = torch.logspace(-3, 1, 17, dtype=torch.float64)
     ends = torch.stack([shown(beta) for beta in betas.tolist()])
     for i, color in enumerate(figures.COLORS[:2]):
         axes[0].plot(betas, ends[:, i], color=color, label=f"UFT, response {i + 1}")
