@@ -73,7 +73,7 @@ def test_any_score_beyond_the_reach_of_the_policy_pulls_up_for_ever():
 def test_every_solution_holds(name):
     """Red: losses.py:uft: `.square()` -> `.abs()`
     Red: losses.py:bco_pair: `logsigmoid(-rejected)` -> `logsigmoid(rejected)`
-    Red: policy_gradients.py:grpo_advantages: `/ (std + eps)` -> `/ 1`
+    Red: policy_gradients.py:grpo_advantages: `return centred / (std + eps)` -> `return centred`
     Red: docs/solutions/test_exercises.py:apo_zero: `+ torch.sigmoid(rej` -> `- torch.sigmoid(rej`
     Red: docs/solutions/test_exercises.py:uft_shifted: `u + shift` -> `u - shift`"""
     spec = importlib.util.spec_from_file_location("solutions", SOLUTIONS)
