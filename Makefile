@@ -2,7 +2,7 @@
 # make test-faults  every broken file, flag and setting on the real commands, three ways
 # make demo         environment, then train.py on the bundled model, data and tests
 # make results      every experiment of lab/ that is not cached, the figures, docs/results.md
-# make figures      docs/figures from the recorded results
+# make figures      docs/figures from the recorded results and from the losses themselves
 # make bench        speed and memory beside transformers, PEFT and TRL; takes hours, can be stopped
 # make test-peers   parity with transformers, PEFT and TRL, in an environment of their own
 # make test-crash   KILLS=200 kills at random moments, POINTS=60 at chosen system calls, bad disks
@@ -29,11 +29,13 @@ demo: .venv/ready
 	.venv/bin/python train.py
 
 results: .venv/ready
-	for name in tables scores mixture shapes beta saturation optimum figures results; do \
+	for name in tables scores mixture shapes beta saturation optimum figures \
+		math_figures results; do \
 		$(ONE) .venv/bin/python -m lab.$$name || exit 1; done
 
 figures: .venv/ready
 	.venv/bin/python -m lab.figures
+	.venv/bin/python -m lab.math_figures
 
 bench: .venv-peers/ready
 	.venv-peers/bin/python -m bench.run

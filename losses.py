@@ -8,8 +8,8 @@ Conventions, once for the file:
   chosen, rejected the two rows of each pair, shape (P,)
 Nothing here is reduced: a loss returns one number per row (B,) or per pair (P,), and the one
 division happens in train.train_step. In the gradients below u = implicit_reward and s = sigmoid(u);
-every dL/dlogps is proved in tests/test_losses*.py. Read top to bottom: each loss uses only what
-stands above it.
+every dL/dlogps is derived or listed in docs/math.md and proved in tests/. Read top to bottom: each
+loss uses only what stands above it.
 """
 import math
 
@@ -63,7 +63,8 @@ def una_reward(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -
     """(r_theta - r)^2 with r any real number, nothing squashed, (B,).   UNA 2.3, g = MSE, f = c = 0
 
     dL/dlogps = 2 beta (u - r). On the policy's own samples its mean gradient is -2 beta grad J, J
-    being RLHF's objective (UFT Eq. 3); on others' it is at rest at pi* only where Z(x) = 1.
+    being RLHF's objective (UFT Eq. 3). On samples of neither the policy nor pi* it is at rest at
+    pi* only where Z(x) = 1.
     """
     return (implicit_reward(logps, ref_logps, beta) - rewards).square()
 
@@ -155,7 +156,8 @@ def bco_pair(
 def kto_z0(mismatched_logps: Tensor, mismatched_ref_logps: Tensor) -> Tensor:
     """max(0, mean log-ratio) over responses with OTHER prompts, a scalar.   KTO, arXiv 2402.01306
 
-    A batch estimate of KL(pi_theta || pi_ref). It carries no gradient.
+    Stands in for KL(pi_theta || pi_ref), with bias: the responses are the data's, not the policy's.
+    It carries no gradient.
     """
     return (mismatched_logps - mismatched_ref_logps).mean().clamp(min=0).detach()
 
