@@ -308,7 +308,7 @@ def test_just_the_flags_that_no_number_depends_on_may_change(name):
     Red: checkpoint.py: `FREE = (` -> `FREE = ("seed", `
     Red: checkpoint.py:compare: `old["config"].get(key) != value` -> `False`"""
     old = asdict(config.Config("m", ("d",)))
-    states = [{"inputs": {}, "config": json.loads(json.dumps(old | more))}
+    states = [{"inputs": {, "memory_estimate"}, "config": json.loads(json.dumps(old | more))}
               for more in ({}, {name: "changed"})]
     if name in MAY_CHANGE:
         checkpoint.compare(*states, Path("run"))
