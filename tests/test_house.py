@@ -34,7 +34,7 @@ CAPS = {
     "report.py": 190, "parallel.py": 120, "mixture.py": 105, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,
     "heads.py": 80, "memory.py": 110, "scoring.py": 70, "rewards.py": 120, "update.py": 140,
-    "page.py": 245, "questions.py": 175, "rollouts.py": 190, "train.py": 300, "README.md": 175}
+    "page.py": 245, "questions.py": 175, "rollouts.py": 190, "train.py": 300, "README.md": 185}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")
                         for p in ROOT.glob(f"{folder}/*.py"))]
