@@ -64,8 +64,8 @@ def step(stop: Stop) -> Scores:
         return score(stop.net, stop.batch, reference=True)
 
 
-def digits(*numbers: Tensor) -> str:
-    return " -> ".join(f"{x.item():.6f}" for x in numbers)
+def digits(number: Tensor, then: Tensor | None = None) -> str:
+    return f"{number.item():.6f}" + (f" -> {digits(then)}" if then is not None else "")
 
 
 def compared(what: str, hand: Tensor, auto: Tensor) -> str:
