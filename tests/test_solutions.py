@@ -3,6 +3,7 @@
 docs/solutions holds a diff each, with what it does and its proofs in front; `git apply` takes it as
 it is. Where a test here fails because the code around a change has moved, make the diff again.
 """
+import importlib
 import re
 import shutil
 from pathlib import Path
@@ -72,3 +73,16 @@ def test_every_solution_s_proofs_hold_behind_it(name, tmp_path):
     proofs = re.findall(r"^Proof: (\S+)$", text(name), re.MULTILINE)
     run = red.pytest(tmp_path, *proofs)
     assert proofs and run.returncode == 0, run.stdout
+
+
+def test_every_file_and_name_that_contributing_md_speaks_of_exists():
+    """Files in backquotes, here or in tests/, `module.NAME`s, and links.
+    Seen red: with `losses.py` written `loss.py` there, and with doubts.FEEDBACK renamed."""
+    said = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    quoted = set(re.findall(r"`([\w/.]+)`", said)) | set(re.findall(r"\]\(([^)]+)\)", said))
+    paths = {q for q in quoted if q.endswith((".py", "/", ".md", ".diff")) or "/" in q}
+    assert len(paths) > 10
+    assert [p for p in paths if not ((ROOT / p).exists() or (ROOT / "tests" / p).exists())] == []
+    for module, name in (q.split(".") for q in quoted - paths if re.fullmatch(r"\w+\.\w+", q)):
+        assert hasattr(importlib.import_module(module), name)
+    assert set(SOLUTIONS) == {Path(p).stem for p in paths if p.endswith(".diff")}
