@@ -1,4 +1,4 @@
-"""The exercises of CONTRIBUTING.md have solutions that apply to this very tree, and prove themselves.
+"""The exercises of CONTRIBUTING.md have solutions that apply to this tree and prove themselves.
 
 docs/solutions holds a diff each, with what it does and its proofs in front; `git apply` takes it as
 it is. Where a test here fails because the code around a change has moved, make the diff again.
@@ -57,6 +57,17 @@ def test_no_solution_takes_more_than_forty_lines_or_three_files(name):
     marks = [line[:1] for _, lines in hunks(text(name)) for line in lines]
     assert 0 < marks.count("+") + marks.count("-") <= 40
     assert len({path for path, _ in hunks(text(name))}) <= 3
+
+
+@every_solution
+def test_every_mutation_that_a_solution_names_can_be_applied_to_it(name):
+    """Red: tests/red.py:mutate: `return ` -> `raise ValueError(scope) or `
+    Red: tests/test_solutions.py:applied: `source.replace(old, new)` -> `source`"""
+    added = re.findall(r"^\+.*(Red: .*\.py:.*`)", text(name), re.MULTILINE)
+    changed = applied(text(name))
+    assert added
+    for file, *more in (red.RED.fullmatch(line).groups() for line in added):
+        red.mutate(changed[file], *more)
 
 
 @every_solution

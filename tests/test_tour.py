@@ -13,6 +13,7 @@ import data
 import model
 import scoring
 import tokens
+from lab import tour as lab_tour
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = r"(-?\d+(?:\.\d+)?(?:e[-+]\d+)?)"
@@ -115,6 +116,21 @@ def test_after_the_step_every_number_follows_from_the_logps(tour):
     assert end > start == ref == still and 0.25 == before > after
     assert numbers(tour["7"], "implicit reward") == [0, pytest.approx(0.1 * (end - ref), abs=2e-6)]
     assert after == pytest.approx(eq7(end - ref, 1, 0.1), abs=2e-6)
+
+
+def test_the_step_moves_the_weights_of_every_b_by_the_learning_rate_and_no_a(tour):
+    """AdamW's first step is rate * gradient / |gradient|; clipping changes no sign.
+    Red: lab/tour.py:step: `CONFIG, RATE)` -> `CONFIG, RATE / 2)`
+    Red: update.py:train_step: `optimizer.step()` -> `pass`"""
+    example = data.read(ROOT / "lab/data/demonstrations.jsonl")[0][0]
+    stop = lab_tour.visit(tokens.encode(example, tokens.Chat(lab_tour.BASE), 96))
+    adapters = {n: p for n, p in stop.net.named_parameters() if p.requires_grad}
+    start = {n: p.detach().clone() for n, p in adapters.items()}
+    lab_tour.step(stop)
+    rate = numbers(tour["7"], "by about")[0]
+    for name, p in adapters.items():
+        moved = (p.detach() - start[name]).abs().median().item()
+        assert moved == pytest.approx(rate if "lora_B" in name else 0, rel=0.01)
 
 
 def test_a_score_below_one_half_is_pushed_down_and_one_above_pulled_up(tour):
