@@ -1,4 +1,5 @@
-# make test         environment, then the whole core suite (CPU, no network after installation)
+# make test         environments, ruff, then the whole core suite (CPU, no network after installation)
+# make lint         ruff, pinned, in an environment of its own
 # make test-faults  every broken file, flag and setting on the real commands, three ways
 # make demo         environment, then train.py on the bundled model, data and tests
 # make results      every experiment of lab/ that is not cached, the figures, docs/results.md
@@ -17,8 +18,11 @@ KILLS ?= 200
 POINTS ?= 60
 ONE = OMP_NUM_THREADS=1
 
-test: .venv/ready
+test: lint .venv/ready
 	$(ONE) .venv/bin/python -m pytest
+
+lint: .venv-lint/ready
+	.venv-lint/bin/ruff check .
 
 test-faults: .venv/ready
 	$(ONE) .venv/bin/python -m tests.faults.run
@@ -63,14 +67,16 @@ red: .venv/ready
 	$(ONE) .venv/bin/python tests/red.py
 
 .venv/ready: requirements.txt
+.venv-lint/ready: requirements-lint.txt
 .venv-peers/ready: requirements-peers.txt requirements.txt
 .venv-proofs/ready: requirements-proofs.txt requirements.txt
 %/ready:
 	$(PYTHON) -m venv $* || { echo "python3-venv is missing: install it first"; exit 1; }
-	$*/bin/pip install -q --disable-pip-version-check $(TORCH_INDEX:%=--index-url %) \
-		$$(grep '^torch==' requirements.txt)
+	! grep -hq '^torch==' $^ || \
+		$*/bin/pip install -q --disable-pip-version-check $(TORCH_INDEX:%=--index-url %) \
+		$$(grep -h '^torch==' $^)
 	$*/bin/pip install -q --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: test test-faults test-crash demo results figures bench test-peers test-properties coverage \
+.PHONY: test lint test-faults test-crash demo results figures bench test-peers test-properties coverage \
 	mutants red

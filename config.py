@@ -106,8 +106,9 @@ class Config:
             ("0 to 10^9", lambda x: 0 <= x <= 1e9,
              "steps held_out sample_tokens save_every seed hint_steps"),
             ("0 or more, up to 10^30", lambda x: 0 <= x <= 1e30,
-             "weight_decay lora_l1 desirable_weight undesirable_weight orpo_weight simpo_gamma "
-             "beta center_rewards ppo_value_weight hint_weight discriminator_weight sft_weight"),
+             ("beta weight_decay lora_l1 desirable_weight undesirable_weight orpo_weight "
+              "simpo_gamma center_rewards ppo_value_weight hint_weight discriminator_weight "
+              "sft_weight")),
             ("two numbers LOW,HIGH with LOW < HIGH", is_range, "score_range")))
 
 

@@ -83,5 +83,5 @@ def told(config: Config, folder: Path) -> str:
     """The estimate as a table, with its sum."""
     parts = estimate(config, folder)
     lines = [f"{name:<48}{n / 1e9:>9.3f} GB" for name, n in parts.items()]
-    return "\n".join([*lines, f"{'at the most, beside Python and torch themselves':<48}"
-                      f"{most(parts) / 1e9:>9.3f} GB"])
+    total = "at the most, beside Python and torch themselves"
+    return "\n".join([*lines, f"{total:<48}{most(parts) / 1e9:>9.3f} GB"])

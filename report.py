@@ -30,12 +30,12 @@ def header(net: model.Transformer, config: Config, told: Sequence[str], dropped:
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6
     tied = "tied" if net.config.tie_word_embeddings else "untied"
     lines = [
-        f"UFT     loss={config.loss}  beta={config.beta:g}  lr={config.lr:g}  seed={config.seed}  "
-        f"{steps} steps of {config.batch_size}  ->  {out}",
-        f"model   {config.model}: {kind}, {weights:.2f} M weights, {tied}, {config.dtype}, "
-        f"{config.device}",
-        f"lora    {trained:.2f} M trainable weights, r={config.lora_r} alpha={config.lora_alpha:g} "
-        f"on {len(layers)} layers ({', '.join(config.lora_targets)})",
+        (f"UFT     loss={config.loss}  beta={config.beta:g}  lr={config.lr:g}  seed={config.seed}  "
+         f"{steps} steps of {config.batch_size}  ->  {out}"),
+        (f"model   {config.model}: {kind}, {weights:.2f} M weights, {tied}, {config.dtype}, "
+         f"{config.device}"),
+        (f"lora    {trained:.2f} M trainable weights, r={config.lora_r} "
+         f"alpha={config.lora_alpha:g} on {len(layers)} layers ({', '.join(config.lora_targets)})"),
         *(f"data    {line}" for line in told)]
     lines += [f"dropped {dropped} rows, listed in {out / 'dropped.jsonl'}"] * bool(dropped)
     return "\n".join(lines)

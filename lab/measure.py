@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 import data
-import evaluate
 import generate
 import model
 import questions

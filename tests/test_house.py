@@ -24,10 +24,10 @@ FLOORS = (("strict", "durable", "deltas"), ("bounds", "weights", "command"),
           ("questions", "rollouts", "stops"), ("evaluate",),
           ("exam", "update", "memory"), ("train",))
 CAPS = {
-    "losses.py": 280, "policy_gradients.py": 250, "data.py": 350, "tokens.py": 300, "lora.py": 240,
+    "losses.py": 280, "policy_gradients.py": 250, "data.py": 370, "tokens.py": 300, "lora.py": 240,
     "strict.py": 120, "bounds.py": 120, "weights.py": 120, "peft_config.py": 80, "verifiers.py": 80,
     "vocabulary.py": 120, "templates.py": 130,
-    "peft_folder.py": 110, "merging.py": 140, "deltas.py": 60, "architecture.py": 110,
+    "peft_folder.py": 110, "merging.py": 140, "deltas.py": 60, "architecture.py": 120,
     "backward.py": 330, "packing.py": 120,
     "model.py": 400, "config.py": 160, "generate.py": 185, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 160,
@@ -74,7 +74,7 @@ def test_imports_point_down_only(name):
 @pytest.mark.parametrize("name", [n for n in CAPS if (ROOT / n).is_file()])
 def test_no_file_outgrows_its_room(name):
     """Red: tests/test_house.py:lines: `.splitlines()` -> `.splitlines() * 2`"""
-    assert len(lines(name)) <= CAPS[name]
+    assert len(lines(name)) <= CAPS[name], "shorten or split the file, or raise its cap in CAPS"
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -167,9 +167,14 @@ def test_nothing_reads_pickles_or_runs_text_as_code(name):
 def test_every_mutation_that_a_test_names_can_be_applied():
     """Red: tests/red.py:mutate: `return ` -> `raise ValueError(scope) or `"""
     found = [red.tests(part) for part in ("", "peers", "properties")]
+    wrong = []
     for line in (line for tests in found for named in tests.values() for line in named):
-        name, scope, before, after = red.RED.fullmatch(line).groups()
-        red.mutate((ROOT / name).read_text("utf-8"), scope, before, after)
+        name, *more = red.RED.fullmatch(line).groups()
+        try:
+            red.mutate((ROOT / name).read_text("utf-8"), *more)
+        except (KeyError, ValueError) as error:
+            wrong.append(f"{line}: {error}")
+    assert wrong == [], "\n".join(wrong)
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if "/test_" in n and "peers" not in n])

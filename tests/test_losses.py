@@ -7,8 +7,22 @@ import math
 
 import pytest
 import torch
-from calculus import (BETA, GRID, LABELS, LOGPS, ORIGIN, RATINGS, REF, ROWS, close, curvature,
-                      minimise, rated, real, slope)
+from calculus import (
+    BETA,
+    GRID,
+    LABELS,
+    LOGPS,
+    ORIGIN,
+    RATINGS,
+    REF,
+    ROWS,
+    close,
+    curvature,
+    minimise,
+    rated,
+    real,
+    slope,
+)
 from torch.autograd import gradcheck, gradgradcheck
 
 import losses

@@ -4,8 +4,20 @@ D = l - l0 and s = sigmoid(beta D) as in test_losses.py; v = sigmoid(+-beta (D -
 desirable rows, w the weight of the row's kind; V is DRO's learned value of the prompt.
 """
 import torch
-from calculus import (BETA, GRID, LABELS, LOGPS, ORIGIN, RATINGS, REF, close, rated, real, slope,
-                      slopes)
+from calculus import (
+    BETA,
+    GRID,
+    LABELS,
+    LOGPS,
+    ORIGIN,
+    RATINGS,
+    REF,
+    close,
+    rated,
+    real,
+    slope,
+    slopes,
+)
 
 import losses
 

@@ -159,7 +159,7 @@ REFUSED = [
     ({"model_type": "gpt2"}, "'gpt2'"), ({"model_type": None}, "model_type"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"num_local_experts": 8}, "num_local_experts"), ({"hidden_act": "gelu"}, "'gelu'"),
+    ({"num_local_experts": 8}, "num_local_experts"), ({"hidden_act": "relu2"}, "'relu2'"),
     ({"hidden_size": None}, "hidden_size"), ({"vocab_size": "23"}, "vocab_size.*'23'"),
     ({"num_hidden_layers": True}, "num_hidden_layers"), ({"head_dim": 8.0}, "head_dim.*8.0"),
     ({"num_attention_heads": 0}, "num_attention_heads.*0"), ({"head_dim": 7}, "head_dim 7"),

@@ -42,7 +42,7 @@ SAID = (  # keys of config.json, and words of the message
     ("M08 a layer less", {"num_hidden_layers": 1}, "have no place;layers.1"),
     ("M30 model_type is a list", {"model_type": ["llama"]}, "model_type"),
     ("M30 model_type is null", {"model_type": None}, "model_type"),
-    ("M30 gelu", {"hidden_act": "gelu"}, "hidden_act;gelu"),
+    ("M30 relu2", {"hidden_act": "relu2"}, "hidden_act;relu2"),
     ("M30 act is a list", {"hidden_act": ["silu"]}, "hidden_act"),
     ("M30 attention_bias", {"attention_bias": True}, "attention_bias"),
     ("M30 mlp_bias", {"mlp_bias": True}, "mlp_bias"),

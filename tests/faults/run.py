@@ -12,9 +12,9 @@ import json
 import os
 import re
 import resource
-import signal
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
