@@ -29,12 +29,12 @@ CAPS = {
     "vocabulary.py": 120, "templates.py": 130,
     "peft_folder.py": 110, "merging.py": 140, "deltas.py": 60, "architecture.py": 120,
     "backward.py": 330, "packing.py": 120,
-    "model.py": 400, "config.py": 160, "generate.py": 185, "evaluate.py": 190, "exam.py": 80,
+    "model.py": 400, "config.py": 175, "generate.py": 185, "evaluate.py": 190, "exam.py": 80,
     "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 160,
     "report.py": 190, "parallel.py": 120, "mixture.py": 105, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,
     "heads.py": 80, "memory.py": 110, "scoring.py": 70, "rewards.py": 120, "update.py": 140,
-    "page.py": 245, "questions.py": 175, "rollouts.py": 190, "train.py": 300, "README.md": 185}
+    "page.py": 245, "questions.py": 175, "rollouts.py": 190, "train.py": 300, "README.md": 190}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")
                         for p in ROOT.glob(f"{folder}/*.py"))]
