@@ -273,6 +273,7 @@ def test_every_field_is_a_flag_that_reaches_the_config(field, monkeypatch):
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
     got = []
     monkeypatch.setattr(train, "train", got.append)
+    monkeypatch.setattr(train.memory, "told", lambda config, _: got.append(config))
     flags = {"--model": "m", "--data": "d"} | {f"--{field.name}": text}
     train.main([word for flag in flags.items() for word in flag])
     assert getattr(got[0], field.name) == value != field.default
