@@ -29,7 +29,8 @@ demo: .venv/ready
 	.venv/bin/python train.py
 
 results: .venv/ready
-	for name in tables scores mixture shapes beta saturation optimum figures results; do \
+	for name in tables scores mixture shapes beta saturation optimum online hints figures \
+		results; do \
 		$(ONE) .venv/bin/python -m lab.$$name || exit 1; done
 
 figures: .venv/ready

@@ -1,6 +1,6 @@
 """Do hints help where rewards are sparse?   UFT of Liu et al., arXiv 2505.16984
 
-Question    The base earns the reward (right and every constraint kept) in one answer of 200. Does
+Question    The base earns the reward (right and every constraint kept) in one answer of 100. Does
             RL that is given the beginnings of solutions beat RL without them, and SFT on them?
 Prediction  Without hints GRPO finds next to nothing: few groups of answers differ in reward. Hints
             make groups differ and beat GRPO clearly, the more the hint's likelihood weighs. SFT on
@@ -8,16 +8,26 @@ Prediction  Without hints GRPO finds next to nothing: few groups of answers diff
             simple, and RL after SFT beats SFT. Half of the claim, then: better than RL, not than
             SFT. (Written before any run of these arms.)
 Command     python -m lab.hints
-Runtime     TODO
-Answer      TODO
+Runtime     10 minutes on one core
+Answer      Half as predicted. Hints double the groups whose rewards differ (20% against 10%), and
+            yet earn less than no hints: 3.8% of right answers against GRPO's 8.2%, 4.9% with the
+            paper's weight. At fifty times that weight they earn 13.5%, more than GRPO, which had
+            been predicted of every hint. SFT on the same solutions earns 14.9% at a seventh of
+            GRPO's time; UFT's strong hint cannot be told from it, and GRPO after SFT does not
+            better it. "Beats RL" needs the likelihood term here, "beats SFT" is not reproduced.
 
 STEPS steps of 8 prompts; what samples answers each 4 times and updates once. grpo: no hints.
 hints: uft_hint with --hint_weight 0, so that a hint teaches by what it leads to only. uft_hint: the
 paper's weight, .001 of the hint's summed log-likelihood; uft_hint_strong: .05. sft: the solutions
 of the same prompts, the sum. sft_then_grpo: half of the steps each. Hints end at HINTED of the
 steps, as in the paper. Each arm tries the learning rates LRS with the seed TUNING on the validation
-split; the best content there is run on the test split with SEEDS. Columns as in lab/online.py, with
-reward = content; signal is the share of the groups in training whose rewards differ.
+split; the best content there is run on the test split with SEEDS. (1e-2 was added for all arms when
+the two other rates had been seen, and never won.) Columns as in lab/online.py, with reward =
+content; signal is the share of the groups in training whose rewards differ.
+
+What this cannot show: 40 steps are few (the paper: 500); the solutions are right, short and taught
+in one pass, where those of mathematics are long and one of many; and one answer of 100 is sparse
+but not hopeless, for GRPO alone finds its way. Reward that RL never meets would favour hints more.
 """
 import argparse
 import time
@@ -31,7 +41,7 @@ from rewards import each
 
 VERSION, STEPS, HINTED = 1, 40, 0.6
 TUNING, SEEDS = 101, (1, 2, 3, 4, 5)
-LRS, BETA = (2e-3, 5e-3), 0.001
+LRS, BETA = (2e-3, 5e-3, 1e-2), 0.001
 HINT = {"loss": "uft_hint", "hint_steps": round(HINTED * STEPS)}
 ARMS = {
     "grpo": ({"loss": "grpo"},),
@@ -42,7 +52,7 @@ ARMS = {
     "sft_then_grpo": ({"loss": "sft", "reward": ""}, {"loss": "grpo"})}
 COLUMNS = ("content", "form", "truth", "sums", "kl_policy", "length", "signal", "cost")
 PAIRS = (("hints", "grpo"), ("uft_hint", "grpo"), ("uft_hint", "hints"),
-         ("uft_hint_strong", "uft_hint"), ("uft_hint_strong", "sft"), ("uft_hint", "sft"),
+         ("uft_hint_strong", "grpo"), ("uft_hint_strong", "sft"), ("uft_hint", "sft"),
          ("sft_then_grpo", "sft"), ("uft_hint_strong", "sft_then_grpo"))
 
 

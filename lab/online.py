@@ -7,19 +7,31 @@ Prediction  Every arm raises the model's reward and less of the true one: the mo
             from pi_ref earns a little less at a smaller KL, UNA from pi_old drifts furthest. UNA
             costs what RLOO and GRPO cost, PPO with its value head a little more; memory is one.
 Command     python -m lab.online
-Runtime     TODO
-Answer      TODO
+Runtime     15 minutes on one core
+Answer      Every arm lifts the model's reward from .66 to .78 or more, mostly by being brief (16
+            tokens to 5), and the true one from 2% to 7% at best (PPO): the model puts 57% of new
+            pairs in order. UNA from pi_ref earns what PPO and RLOO earn, but a nat further from the
+            base, not nearer, and less of it is true than PPO's; UNA from pi_old goes 1.7 nats
+            further. GRPO earns a point more and leaves furthest of all (5 to 30 nats), at the
+            smaller beta, which the reward had chosen. PPO's and UNA's costs cannot be told apart.
+            With a rule for a reward GRPO follows 48% of the instructions, and UNA ends at nothing:
+            when nearly all rewards are 0 it pushes every answer down, for it has no baseline.
 
 The reward model is the base with a head, trained on lab/data/feedback.jsonl (--loss reward_model);
-what a response earns is sigmoid(its score). A step answers 8 prompts 8 times and updates twice on
+what a response earns is sigmoid(its score). A step answers 8 prompts 4 times and updates twice on
 them; STEPS steps. una_ref and una_old differ in --anchor alone, the second is the authors' code.
 UNA's beta is in units of the score, RLOO's and PPO's in units of its sigmoid, whose slope is 1/4 at
 most, so that .1 and .025 ask for nearly the same policy; GRPO divides rewards by their deviation.
-Each arm tries 3 learning rates x 2 betas with the seed TUNING; the best reward on the validation
+Each arm tries 2 learning rates x 2 betas with the seed TUNING; the best reward on the validation
 split is run on the test split with SEEDS, in turns. "rule" arms earn lab.verifier:form instead, at
-the setting that their arm won with. Columns, of one sampled answer to each of ASKED prompts:
-reward, the model's; form, content and graded, lab/verifier.py's on the same answers. The others are
-lab/measure.py's; cost is CPU seconds over those of GRPO with that seed, mib the peak of a process.
+the setting that their arm won with, not tuned anew. Columns, of one sampled answer to each of ASKED
+prompts: reward, the model's; form, content and graded, lab/verifier.py's on the same answers;
+kl_policy and length of them too. truth and sums as in lab/measure.py; cost is CPU seconds over
+those of GRPO with that seed, mib the peak of a process.
+
+What this cannot show: one reward model, and one that a model of this size cannot make good (20
+times the pairs do not help it); 40 steps; most winners have the larger learning rate tried; a
+policy of 3 MB, beside which a value head or a second model weighs nothing.
 """
 import argparse
 import functools
@@ -47,7 +59,7 @@ ARMS = {  # what is special about an arm, its betas
     "una_old": ({"loss": "una_online", "updates": 2, "anchor": "old"}, (0.3, 1.0)),
     "rloo": ({"loss": "rloo", "updates": 2}, (0.025, 0.075)),
     "grpo": ({"loss": "grpo", "updates": 2}, (0.04, 0.35))}
-RULE = ("una_ref", "grpo")  # run again with a rule for a reward
+RULE = ("grpo", "una_ref")  # run again with a rule for a reward
 COLUMNS = ("reward", "graded", "form", "content", "truth", "sums", "kl_policy", "length", "cost",
            "mib")
 PAIRS = (("ppo", "base"), ("una_ref", "base"), ("una_old", "base"), ("rloo", "base"),
@@ -73,7 +85,7 @@ def squashed(prompts: Sequence, said: Sequence[str], answers: Sequence[str]) -> 
 
 
 def pairs_in_order(split: str) -> dict:
-    """{"pairs": share} of pairs that the reward model puts in the order of their scores; ties left out."""
+    """{"pairs": share of pairs, but for ties, that the reward model puts in their order}."""
     rows, net = held_out(split)[1], reward_model().net
     with torch.no_grad():
         said = scoring.judge(net, tokens.collate(rows))
@@ -124,18 +136,19 @@ def main() -> None:
     splits = [("validation",), ("test",)]
     pairs = run_all(pairs_in_order, splits, VERSION, "online", 1)  # trains the reward model
     tuned = tune(workers)
-    chosen = {n: (n, r[0]["lr"], r[0]["beta"]) for n, r in tuned.items()} | {
-        f"{n}, rule": (f"{n}, rule", tuned[n][0]["lr"], tuned[n][0]["beta"]) for n in RULE}
-    jobs = [(*job, seed, "test") for seed in SEEDS for job in chosen.values()]
-    base, *found = run_all(run, [("base", 1e-3, 0.04, 0, "test"), *jobs], VERSION, "online",
+    best = {n: (r[0]["lr"], r[0]["beta"]) for n, r in tuned.items()}
+    jobs = [(n, *best[n], seed, "test") for seed in SEEDS for n in ARMS]
+    jobs += [(f"{n}, rule", *best[n], seed, "test") for seed in SEEDS for n in RULE]
+    base, *found = run_all(run, [("base", 1e-3, 0.1, 0, "test"), *jobs], VERSION, "online",
                            workers)
-    rows = {n: [r for r, job in zip(found, jobs, strict=True) if job[0] == n] for n in chosen}
-    curves = {n: torch.tensor([r.pop("curve") for r in runs]).mean(0).tolist()
-              for n, runs in rows.items()}
-    rows = {"base": [{k: v for k, v in base.items() if k != "curve"} | {"cost": 0.0}] * len(SEEDS)
-            } | costed(rows)
+    curves = [r.pop("curve") for r in (base, *found)][1:]
+    rows, curves = ({n: [x for x, job in zip(values, jobs, strict=True) if job[0] == n]
+                     for n in dict.fromkeys(job[0] for job in jobs)} for values in (found, curves))
+    curves = {n: torch.tensor(of).mean(0).tolist() for n, of in curves.items()}
+    rows = {"base": [base | {"cost": 0.0}] * len(SEEDS)} | costed(rows)
+    known = {s: p["pairs"] for (s,), p in zip(splits, pairs, strict=True)}
     summary.save("online", {"rows": rows, "tuned": tuned, "curves": curves, "steps": STEPS,
-                            "pairs": {s: p["pairs"] for (s,), p in zip(splits, pairs, strict=True)}})
+                            "pairs": known})
     print(summary.table(rows, COLUMNS) + "\n\n" + summary.differences(rows, PAIRS, COLUMNS))
 
 
