@@ -132,7 +132,7 @@ def optimum(axes: list[Axes]) -> None:
 def online(axes: list[Axes]) -> None:
     """The model's reward and the true one as training goes on, and reward against divergence."""
     held = summary.load("online")
-    names = [n for n in held["curves"] if n in held["tuned"]]
+    names = [n for n in held["curves"] if "rule" not in n]
     for name, color in zip(names, COLORS, strict=False):
         for ax, values in zip(axes, zip(*held["curves"][name], strict=True), strict=False):
             ax.plot(range(1, len(values) + 1), values, color=color, label=name)

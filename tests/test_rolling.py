@@ -76,7 +76,7 @@ def test_arms_differ_in_their_loss_alone():
     assert {train.LOSSES[s["loss"]].online for s in ONLINE.values()} == {True}
 
 
-@pytest.mark.parametrize(("page", "score"), [("online", "reward"), ("hints", "content")])
+@pytest.mark.parametrize(("page", "score"), [("online", "paid"), ("hints", "content")])
 def test_every_arm_tried_as_many_settings_and_the_best_was_taken(page, score):
     """Red: lab/online.py: `(0.04, 0.35))}` -> `(0.04,))}`
     Red: lab/summary.py:load: `{name}.json` -> `scores.json`"""
