@@ -33,7 +33,7 @@ demo: .venv/ready
 	.venv/bin/python train.py
 
 results: .venv/ready
-	for name in tables scores mixture shapes beta saturation optimum figures \
+	for name in tables scores mixture shapes beta saturation optimum online hints figures \
 		math_figures results; do \
 		$(ONE) .venv/bin/python -m lab.$$name || exit 1; done
 

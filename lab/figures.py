@@ -129,6 +129,33 @@ def optimum(axes: list[Axes]) -> None:
     axes[0].set_xlabel("total variation to pi*")
 
 
+def online(axes: list[Axes]) -> None:
+    """The model's reward and the true one as training goes on, and reward against divergence."""
+    held = summary.load("online")
+    names = [n for n in held["curves"] if "rule" not in n]
+    for name, color in zip(names, COLORS, strict=False):
+        for ax, values in zip(axes, zip(*held["curves"][name], strict=True), strict=False):
+            ax.plot(range(1, len(values) + 1), values, color=color, label=name)
+        points = [[r[k] for r in held["tuned"][name]] for k in ("kl_policy", "reward")]
+        axes[2].scatter(*points, 24, color)
+    axes[0].set(xlabel="step", ylabel="reward model, squashed")
+    axes[1].set(xlabel="step", ylabel="true reward (graded)")
+    axes[2].set(xlabel="KL(policy||base), nats an answer", ylabel="reward model, squashed")
+    axes[0].legend(fontsize=7)
+
+
+def hints(axes: list[Axes]) -> None:
+    """Right answers that keep every constraint, and what kept them, per arm."""
+    rows = summary.load("hints")["rows"]
+    for y, ax in zip(("content", "form"), axes, strict=True):
+        values = [summary.interval([r[y] for r in runs]) for runs in rows.values()]
+        ax.barh(list(rows), [m for m, _ in values], xerr=[h for _, h in values], color=COLORS[0],
+                ecolor=INK, capsize=2)
+        ax.invert_yaxis()
+        ax.set_xlabel({"content": "right, every constraint kept", "form": "constraints kept"}[y])
+    axes[1].set_yticklabels([])
+
+
 def main() -> None:
     matplotlib.use("Agg")
     assert set(SEQUENTIAL) < set(tables.ARMS)
@@ -136,7 +163,8 @@ def main() -> None:
         for name, width, panels, draw in (
                 ("frontier", 8, 2, frontier), ("best_of", 5, 1, best_of), ("drift", 8, 2, drift),
                 ("mixture", 8, 2, mixture), ("saturation", 8, 2, saturation),
-                ("scores", 8, 2, scores), ("optimum", 6.5, 1, optimum)):
+                ("scores", 8, 2, scores), ("optimum", 6.5, 1, optimum),
+                ("online", 11, 3, online), ("hints", 8, 2, hints)):
             save(name, width, panels, draw)
             print(f"docs/figures/{name}.svg")
 

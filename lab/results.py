@@ -10,8 +10,20 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-from lab import beta, figures, mixture, saturation, scores, shapes, summary, tables
+from lab import (
+    beta,
+    figures,
+    hints,
+    mixture,
+    online,
+    saturation,
+    scores,
+    shapes,
+    summary,
+    tables,
+)
 
 OPENING = """# The paper in miniature
 
@@ -48,6 +60,7 @@ LAB = Path(__file__).parent
 PAGE = LAB.parent / "docs/results.md"
 EDGE = """`edge`: the winner has the largest or the smallest learning rate tried. `steps`: of every
 stage. The expected best is optimistic, as any maximum of noisy means."""
+WORTH = {"paid": "reward (of rule arms: form)", "content": "content"}  # what chose a setting
 MARGIN = 0.03  # of a share: what counts as the same
 HEADS = ("Question", "Prediction", "Command", "Runtime", "Answer")
 
@@ -147,6 +160,44 @@ CLAIMS = (
            ("uft, 24 passes", "sft_stop, 24 passes", "kl_policy", "open"),
            ("uft, 24 passes", "sft_kl, 24 passes", "form_demonstrations", 1),
            ("uft, 24 passes", "sft_quarter, 8 passes", "nll", 1)), "shapes"),
+    Claim("Online UNA does what RLHF with PPO does (UNA, online)",
+          "reproduced for the model's reward, not for the rest",
+          "the same reward a nat further from the base, and less of it is true; RLOO, as simple, "
+          "earns it without that nat",
+          (("una_ref", "ppo", "reward", "same"), ("una_ref", "ppo", "kl_policy", 1),
+           ("una_ref", "ppo", "graded", -1), ("una_ref", "rloo", "reward", "same"),
+           ("una_ref", "rloo", "kl_policy", 1)), "online"),
+    Claim("... for less time and memory", "undecidable here",
+          "sampling costs more than a value head, and the policy is 3 MB of a process of 700",
+          (("una_ref", "ppo", "cost", "open"), ("una_ref", "ppo", "mib", "open")), "online"),
+    Claim("A loss that is anchored at the policy itself (the authors' code) stays near the base",
+          "not reproduced", "nothing in it looks at the reference",
+          (("una_old", "una_ref", "reward", "same"), ("una_old", "una_ref", "kl_policy", 1)),
+          "online"),
+    Claim("Online UNA takes any reward in [0, 1], a rule's as well",
+          "reproduced, with half of GRPO's gain",
+          "where most rewards are 0 it pushes nearly every answer down, for it has no baseline; at "
+          "the larger learning rate nothing is left of the policy",
+          (("una_ref, rule", "base", "form", 1), ("una_ref, rule", "grpo, rule", "form", -1),
+           ("una_ref, rule", "grpo, rule", "sums", -1)), "online"),
+    Claim("Reward from a model becomes true reward", "hardly, here",
+          "the model puts 57% of new pairs in order; what all arms learn of it is to be brief",
+          tuple((n, "base", c, sign) for n in ("ppo", "una_ref", "rloo") for c, sign in (
+              ("reward", 1), ("length", -1))) + (("ppo", "base", "graded", 1),
+          ("una_ref", "base", "graded", "same")), "online"),
+    Claim("Hints and RL beat RL where reward is sparse (Liu et al.)",
+          "not reproduced at the paper's weight, reproduced at fifty times it",
+          "hints make groups of answers differ; our reading: behind a hint the policy learns to "
+          "end an answer, and to begin one only from the hint's likelihood",
+          (("hints", "grpo", "signal", 1), ("hints", "grpo", "content", -1),
+           ("uft_hint", "grpo", "content", "open"),
+           ("uft_hint_strong", "grpo", "content", 1)), "hints"),
+    Claim("... and beat SFT", "not reproduced",
+          "SFT on the same solutions at the same rate does as well as the best of them, in a "
+          "seventh of the time, and RL after it adds nothing",
+          (("uft_hint", "sft", "content", -1), ("uft_hint_strong", "sft", "content", "open"),
+           ("sft_then_grpo", "sft", "content", "open"), ("uft_hint_strong", "sft", "cost", 1)),
+          "hints"),
 )
 
 
@@ -229,10 +280,23 @@ def main_tables(held: dict) -> str:
         tried(tuned, ("uft_mixed", *figures.SEQUENTIAL))))
 
 
+def on_policy(name: str, rows: summary.Rows, page: ModuleType, score: str) -> str:
+    """The arms, their differences, and what was tried: the settings and their score, best first."""
+    settings = [[arm, *(f"{r['lr']:g}" + (f", {r['beta']:g}" if "beta" in r else "")
+                        + f": {100 * r[score]:.1f}" for r in tried)]
+                for arm, tried in summary.load(name)["tuned"].items()]
+    head = ["arm", *(f"setting {i + 1}" for i in range(len(settings[0]) - 1))]
+    return "\n\n".join((
+        summary.table(rows, page.COLUMNS), summary.differences(rows, page.PAIRS, page.COLUMNS),
+        f"Settings tried (lr, beta) and their {WORTH[score]} on the validation split:",
+        summary.markdown(head, settings)))
+
+
 def page() -> str:
     """The whole of docs/results.md."""
     held = summary.load("tables")
-    runs = {n: summary.load(n)["rows"] for n in ("tables", "scores", "mixture", "shapes", "beta")}
+    runs = {n: summary.load(n)["rows"] for n in (
+        "tables", "scores", "mixture", "shapes", "beta", "online", "hints")}
     for claim in CLAIMS:
         check(claim, runs[claim.source])
     verdicts = summary.markdown(["claim", "verdict", "why", "numbers"], [
@@ -255,6 +319,10 @@ def page() -> str:
                  + figure("saturation", "weight and gain of demonstrations over training")),
         question("optimum", bandit + "\n\n"
                  + figure("optimum", "total variation to the exact optimum")),
+        question("online", on_policy("online", runs["online"], online, "paid") + "\n\n"
+                 + figure("online", "both rewards over training, reward against divergence")),
+        question("hints", on_policy("hints", runs["hints"], hints, "content") + "\n\n"
+                 + figure("hints", "content and form per arm")),
         CLOSING]
     return "\n\n".join(parts) + "\n"
 

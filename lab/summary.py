@@ -15,7 +15,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
            2.160, 2.145, 2.131)  # 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom
-NO_SHARES = {"kl_policy", "kl_base", "kl_text", "length", "nll"}  # the others print in per cent
+NO_SHARES = {"kl_policy", "kl_base", "kl_text", "length", "nll", "cost", "mib"}  # others: per cent
 Rows = Mapping[str, Sequence[Mapping[str, float]]]
 
 

@@ -7,7 +7,8 @@ import pytest
 from lab import results, summary
 
 ROOT = Path(__file__).resolve().parent.parent
-QUESTIONS = ("tables", "scores", "mixture", "shapes", "beta", "saturation", "optimum")
+QUESTIONS = ("tables", "scores", "mixture", "shapes", "beta", "saturation", "optimum", "online",
+             "hints")
 ROWS = {"a": [{"truth": 0.5}, {"truth": 0.6}], "b": [{"truth": 0.1}, {"truth": 0.2}],
         "c": [{"truth": 0.5}, {"truth": 0.65}]}
 
