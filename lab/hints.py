@@ -37,7 +37,7 @@ import torch
 from lab import summary, verifier, world
 from lab.measure import encoded
 from lab.rolling import answered, costed, fresh, learn, run_all, settings
-from rewards import each
+from verifiers import each
 
 VERSION, STEPS, HINTED = 1, 40, 0.6
 TUNING, SEEDS = 101, (1, 2, 3, 4, 5)

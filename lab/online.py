@@ -46,6 +46,7 @@ import rewards
 import scoring
 import tokens
 import train
+import verifiers
 from config import Config
 from lab import experiment, summary, verifier, world
 from lab.measure import BASE, encoded, held_out
@@ -104,8 +105,8 @@ def run(name: str, lr: float, beta: float, seed: int, split: str) -> dict:
     reward_model()
 
     def judge(prompts: Sequence, said: Sequence[str], answers: Sequence[str]) -> list[float]:
-        earned = rewards.each(verifier.form, "form")(prompts, said, answers) if rule else squashed(
-            prompts, said, answers)
+        asked = verifiers.each(verifier.form, "form") if rule else squashed
+        earned = asked(prompts, said, answers)
         true = [verifier.graded("", s, a) for s, a in zip(said, answers, strict=True)]
         curve.append([sum(x) / len(x) for x in (earned, true)])
         return earned
