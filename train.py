@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import anatomy
 import checkpoint
 import durable
 import exam
@@ -181,6 +182,7 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
     with contextlib.closing(batches):
         run_steps(net, optimizer, batches, state, steps, size, config, out)
     results = exam.compare(before, exam.examine(net, chat, asked))
+    results["rows"] = anatomy.rows(net, held, config)
     if parallel.rank():
         return
     with durable.folder(out / "adapter") as part:
