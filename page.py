@@ -40,7 +40,9 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .3rem .4rem; border-bottom: 1px solid var(--line); text-align: right;
   overflow-wrap: normal }
 th:first-child { text-align: left; padding-left: 0; overflow-wrap: break-word }
-tbody th { font-weight: 400 } .any td { overflow-wrap: anywhere }
+tbody th { font-weight: 400 }
+.any table { table-layout: fixed } .any td { overflow-wrap: anywhere }
+.any th:first-child { width: 24% }
 .grid { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
 .wide { overflow-x: auto }

@@ -16,6 +16,7 @@ import evaluate
 import exam
 import lora
 import objectives
+import scoring
 import tokens
 import train
 
@@ -98,8 +99,13 @@ def test_rows_are_those_of_the_held_out_numbers_one_by_one(loss, base, adapted, 
         assert mean == pytest.approx(want[f"rewards/{kind}"], rel=1e-3, abs=1e-5)
     small = rows(adapted, units, loss, micro_batch_tokens=1)
     assert small["weight"] == pytest.approx(found["weight"], rel=1e-3)
-    if loss != "kto":
-        assert min(found["length"]) > 1 and ("reference_loss" in found) == (loss == "sft")
+    assert min(found["length"]) > 1 and ("reference_loss" in found) == (loss == "sft")
+    batch = tokens.collate([e for unit in units for e in unit])
+    change = scoring.score(adapted, batch, False)[2] - scoring.reference_logps(adapted, batch)
+    first = change.gather(1, batch.response_mask.int().argmax(1)[:, None])[:, 0]
+    for kind, at in found["positions"].items():
+        own = [i for i, k in enumerate(found["kind"]) if k == kind]
+        assert at[0][0] == pytest.approx(first[own].mean().item(), rel=1e-3)
 
 
 def test_positions_are_means_and_quantiles_over_the_rows_that_reach_them():

@@ -43,7 +43,7 @@ def test_the_weight_of_a_row_is_the_size_of_its_slope(name):
 
 
 def test_a_loss_of_single_tokens_gives_rows_no_weight():
-    """Red: objectives.py:weights: `of_row is None or any` -> `any`
+    """Red: objectives.py:weights: `any(g is not None for g in of_token)` -> `0`
     Red: objectives.py:weights: `torch.full_like(terms.logps, math.nan)` -> `of_row`"""
     found = objectives.weights(objectives.LOSSES["sft_token_mean"], terms("sft_token_mean"))
     assert found.shape == (6,) and found.isnan().all()

@@ -160,7 +160,7 @@ def test_the_command_on_the_page_is_the_run(made, monkeypatch):
     Red: page.py:command: `value if f.name in REPEATED else texts` -> `texts`
     Red: page.py:command: `if text.startswith("-") else` -> `if 0 else`
     Red: page.py:command: `str(value).lower() if` -> `str(value) if`"""
-    changes = {"data": ("a b.jsonl", "c:0.5"), "test": ("q.csv",), "lr": 5e-3, "resume": True,
+    changes = {"data": ("a b.jsonl", "-c:0.5"), "test": ("q.csv",), "lr": 5e-3, "resume": True,
                "lora_targets": ("q_proj", "v_proj"), "score_range": (-5.0, 5.0), "out": "there",
                "gradient_checkpointing": True, "loss": "kto", "steps": 7}
     text = html.unescape(re.search(r'<pre class="box">(.*?)</pre>', made(steps(1), **changes))[1])
