@@ -46,23 +46,30 @@ def check_room(tests: dict[str, list[questions.Question]], chat: tokens.Chat, co
                                  f"tokens, the model has a context of {context}: leave it out")
 
 
+def mean_tokens(chat: tokens.Chat, texts: Sequence[str]) -> float:
+    return sum(len(chat.response_ids(text)) for text in texts) / len(texts)
+
+
 def examine(net: model.Transformer, chat: tokens.Chat, exam: Exam) -> dict:
     """held_out: numbers; scores: {test and metric: one number per question}; shown: three samples
-    (prompt, answer, right), of questions with patterns, taken from the tests in turn, if any."""
-    scores, answered = {}, []
+    (prompt, answer, right), of questions with patterns, taken from the tests in turn, if any;
+    lengths: {test, or "samples": mean tokens of an answer, its end token included}."""
+    scores, answered, lengths = {}, [], {}
     for name, asked in exam.tests.items():
         found, texts = questions.ask(net, chat, asked, exam.config.sample_tokens)
         scores |= {f"{name} {metric}": values for metric, values in found.items()}
         answered.append([(q.prompt, text, right > 0) for q, text, right in zip(
             asked, texts, found["correct"], strict=True)] if texts else [])
+        lengths |= {name: mean_tokens(chat, texts)} if texts else {}
     shown = [s for turn in itertools.zip_longest(*answered) for s in turn if s][:3]
     if not shown:
         texts = generate.complete(net, chat, exam.prompts, exam.config.sample_tokens)
         shown = [(prompt, text, None) for prompt, text in zip(exam.prompts, texts, strict=True)]
+        lengths |= {"samples": mean_tokens(chat, texts)} if texts else {}
     held = rollouts.held_out(net, chat, exam.held, exam.reward, exam.config) if (
         exam.held and exam.reward) else evaluate.held_out(
             net, exam.held, exam.config.beta, exam.config.micro_batch_tokens) if exam.held else {}
-    return {"held_out": held, "scores": scores, "shown": shown}
+    return {"held_out": held, "scores": scores, "shown": shown, "lengths": lengths}
 
 
 def compare(before: dict, after: dict) -> dict:
@@ -71,5 +78,6 @@ def compare(before: dict, after: dict) -> dict:
                 "right_after": now} for (prompt, a, was), (_, b, now)
                in zip(before["shown"], after["shown"], strict=True)]
     return {"held_out": {"before": before["held_out"], "after": after["held_out"]},
+            "lengths": {"before": before["lengths"], "after": after["lengths"]},
             "tests": {name: questions.gain(before["scores"][name], scores)
                       for name, scores in after["scores"].items()}, "samples": samples}

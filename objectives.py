@@ -153,3 +153,18 @@ LOSSES = {
 }
 CHOICES = {"loss": tuple(LOSSES), "anchor": ("ref", "old"), "una_target": ("score", "reward"),
            "grpo_scale": ("group", "batch", "none"), "grpo_length": ("row", "batch", "constant")}
+
+
+def weights(objective: Objective, terms: Terms) -> Tensor:
+    """|dL/dlogps| of every row by autograd, (B,); NaN where the loss reads single tokens.
+
+    The graph of `terms` is left alone: its log-probs are taken as they are.
+    """
+    read = [t.detach().requires_grad_() for t in (terms.logps, terms.token_logps) if t is not None]
+    given = terms._replace(**dict(zip(("logps", "token_logps"), read, strict=False)))
+    with torch.enable_grad():
+        total = objective.loss(given).sum()
+    of_row, *of_token = torch.autograd.grad(total, read, allow_unused=True)
+    if any(g is not None for g in of_token):
+        return torch.full_like(terms.logps, math.nan)
+    return of_row.abs()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import anatomy
 import checkpoint
 import durable
 import exam
@@ -194,15 +195,15 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
     print(report.example(first[0][0], chat))
     if not state["step"]:
         print("check   " + self_check(net, first, config), flush=True)
-    prompts = [unit[0].prompt for unit in (held or first)][:3 if config.sample_tokens else 0]
-    if LOSSES[config.loss].head == "score":
-        prompts = []  # a reward model answers nothing
+    shown = 3 if config.sample_tokens and LOSSES[config.loss].head != "score" else 0
+    prompts = [unit[0].prompt for unit in (held or first)][:shown]  # a reward model answers nothing
     asked = exam.Exam(held, tests, prompts, reward, config)
     with lora.disabled(net):
         before = exam.examine(net, chat, asked)
     with contextlib.closing(batches):
         run_steps(net, optimizer, batches, state, steps, size, config, out)
     results = exam.compare(before, exam.examine(net, chat, asked))
+    results["rows"] = anatomy.rows(net, held, config)
     if parallel.rank():
         return
     with durable.folder(out / "adapter") as part:

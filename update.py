@@ -18,7 +18,7 @@ import reference
 import scoring
 import tokens
 from config import Config
-from objectives import LOSSES, Terms
+from objectives import LOSSES, Terms, weights
 
 
 def reference_point(net: model.Transformer, units: list, config: Config) -> tuple[Tensor, list]:
@@ -63,6 +63,7 @@ def train_step(
     The gradient is that of sum(loss of every unit) / len(units), however the units are cut into
     micro-batches, and of lora_l1's penalty. FloatingPointError before the update if loss or
     gradient is not finite.
+    loss/start is what the same units cost the reference.
     """
     objective = LOSSES[config.loss]
     z0, units = reference_point(net, units, config)
@@ -75,7 +76,8 @@ def train_step(
         each = objective.loss(terms)
         (each.sum() * float(number < own) / len(units)).backward()
         each = F.pad(each, (0, len(batch.ids) - len(each)))  # pairs have half as many as rows
-        found.append(torch.stack([x for x in (each, *terms[:2]) if x is not None]).detach())
+        kept = each, weights(objective, terms), *terms[:2]
+        found.append(torch.stack([x for x in kept if x is not None]).detach())
     penalty = config.lora_l1 * lora.l1(net) if config.lora_l1 else 0.0
     if config.lora_l1:  # every process has it whole, and their gradients are summed
         (penalty / parallel.size()).backward()
@@ -84,7 +86,7 @@ def train_step(
         raise FloatingPointError(f"{len(lost)} adapter tensors get no gradient, first {lost[0]}")
     parallel.sum_gradients(trained)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-    each, logps, *refs = parallel.together(torch.cat(found[:own], 1), before, len(rows))
+    each, weight, logps, *refs = parallel.together(torch.cat(found[:own], 1), before, len(rows))
     loss = each.sum().item() / len(units) + float(penalty)
     if not math.isfinite(loss) or not norm.isfinite():
         grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
@@ -100,9 +102,14 @@ def train_step(
     optimizer.zero_grad()
     about = (torch.tensor([e.reward for e in rows]), [e.kind for e in rows],
              evaluate.pair_starts(units))
-    return {"loss": loss, "grad_norm": norm.item(), "learning_rate": rate} | (
-        evaluate.measure_rewards(logps.cpu(), *about) if objective.head == "score" else
-        evaluate.measure(logps.cpu(), refs[0].cpu() if refs else None, *about, config.beta))
+    start = {"loss/start": torch.as_tensor(objective.start(about[0], config)).float().mean().item()
+             } if objective.start else {}
+    logps, refs, judged = logps.cpu(), refs[0].cpu() if refs else None, objective.head == "score"
+    u = logps if judged or refs is None else losses.implicit_reward(logps, refs, config.beta)
+    return {"loss": loss, "grad_norm": norm.item(), "learning_rate": rate} | start | (
+        evaluate.measure_rewards(u, *about) if judged else
+        evaluate.measure(logps, refs, *about, config.beta)) | (
+        evaluate.measure_kinds(None if refs is None and not judged else u, weight.cpu(), about[1]))
 
 
 @torch.no_grad()

@@ -50,6 +50,8 @@ def test_results_are_the_gains_from_base_to_adapter(base, files, tests, tmp_path
     Red: train.py:run: `compare(before, exam` -> `compare(before, before or exam`
     Red: exam.py:compare: `before["scores"][name], scores)` -> `scores, scores)`
     Red: exam.py:compare: `"before": before["held_out"]` -> `"before": after["held_out"]`
+    Red: exam.py:compare: `"after": after["lengths"]` -> `"after": before["lengths"]`
+    Red: exam.py:examine: `{name: mean_tokens(chat, texts)} if texts` -> `{name: 1.0} if 1`
     Red: train.py:run: `"seconds": time.perf_counter() - began` -> `"seconds": 0`"""
     found = run(base, files / "scores.jsonl", tmp_path / "run", tests)
     asked, scores = exam.read_tests(config.Config("m", ("d",), tuple(tests))), []
@@ -65,6 +67,9 @@ def test_results_are_the_gains_from_base_to_adapter(base, files, tests, tmp_path
         assert gain.pop("interval") == pytest.approx(want.pop("interval"), abs=1e-6)
         assert gain == pytest.approx(want, abs=1e-6)
     assert abs(found["tests"]["truth mc2"]["change"]) > 1e-3 and found["seconds"] > 0
+    lengths = found["lengths"]
+    assert lengths["before"].keys() == lengths["after"].keys() == {"words", "more"}
+    assert lengths["before"]["words"] != lengths["after"]["words"]
     held = found["held_out"]
     assert held["before"]["dlogp/scored"] == 0 != held["after"]["dlogp/scored"]
     told = capsys.readouterr().out
@@ -102,12 +107,14 @@ def test_samples_are_the_first_questions_of_the_files_in_turn(base, files, tests
 
 def test_without_patterns_samples_are_held_out_prompts_without_a_mark(base, files, tests, tmp_path):
     """Red: exam.py:examine: `if not shown:` -> `if 0:`
+    Red: exam.py:examine: `{"samples": mean` -> `{"sample": mean`
     Red: train.py:run: `(held or first)` -> `first`"""
     found = run(base, files / "pairs.jsonl", tmp_path / "run", tests[2:])
     setup = config.Config("m", (f"{files}/pairs.jsonl",), held_out=4, max_length=128)
     held = train.mixture.load_data(setup, tokens.Chat(base, "plain"), "rows")[2]
     assert [s["prompt"] for s in found["samples"]] == [u[0].prompt[0][1] for u in held[:3]]
     assert all(s["right_before"] is s["right_after"] is None for s in found["samples"])
+    assert found["lengths"]["after"].keys() == {"samples"}
 
 
 def test_a_test_bears_its_files_name_or_its_path_where_two_share_that(tests, tmp_path):

@@ -14,27 +14,28 @@ import pytest
 import red
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = (("strict", "durable", "deltas"), ("bounds", "weights", "command"),
+FLOORS = (("strict", "durable", "deltas"), ("bounds", "weights", "command", "charts"),
           ("architecture", "backward", "peft_config", "vocabulary", "templates", "records",
            "doubts", "heads", "verifiers"),
-          ("packing", "peft_folder"), ("merging",),
+          ("packing", "peft_folder", "curves"), ("merging",),
           ("losses", "policy_gradients", "data", "tokens", "lora", "model", "config"),
           ("lines", "objectives", "report", "scoring"),
           ("generate", "checkpoint", "parallel", "mixture", "page", "reference", "rewards"),
           ("questions", "rollouts", "stops"), ("evaluate",),
-          ("exam", "update", "memory"), ("train",))
+          ("exam", "update", "memory"), ("anatomy",), ("train",))
 CAPS = {
     "losses.py": 280, "policy_gradients.py": 250, "data.py": 370, "tokens.py": 300, "lora.py": 240,
     "strict.py": 120, "bounds.py": 120, "weights.py": 120, "peft_config.py": 80, "verifiers.py": 80,
     "vocabulary.py": 120, "templates.py": 130,
     "peft_folder.py": 110, "merging.py": 140, "deltas.py": 60, "architecture.py": 120,
     "backward.py": 330, "packing.py": 120,
-    "model.py": 400, "config.py": 175, "generate.py": 185, "evaluate.py": 190, "exam.py": 80,
-    "checkpoint.py": 190, "durable.py": 170, "stops.py": 90, "objectives.py": 160,
+    "model.py": 400, "config.py": 175, "generate.py": 190, "evaluate.py": 190, "exam.py": 85,
+    "checkpoint.py": 190, "durable.py": 170, "stops.py": 95, "objectives.py": 175,
     "report.py": 190, "parallel.py": 120, "mixture.py": 105, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,
-    "heads.py": 80, "memory.py": 110, "scoring.py": 70, "rewards.py": 120, "update.py": 140,
-    "page.py": 245, "questions.py": 175, "rollouts.py": 190, "train.py": 300, "README.md": 190}
+    "heads.py": 80, "memory.py": 120, "scoring.py": 70, "rewards.py": 120, "update.py": 140,
+    "page.py": 210, "charts.py": 160, "curves.py": 200, "anatomy.py": 80, "lab/compare.py": 150,
+    "questions.py": 175, "rollouts.py": 200, "train.py": 320, "README.md": 195}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")
                         for p in ROOT.glob(f"{folder}/*.py"))]

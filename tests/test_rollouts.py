@@ -426,7 +426,7 @@ def test_a_reward_that_has_changed_since_is_not_gone_on_with(
 
 def test_a_run_logs_what_it_earns_and_its_page_draws_it(base, files, tmp_path):
     """Red: train.py:run_steps: `metrics |= rollouts.measure(` -> `rollouts.measure(`
-    Red: page.py: `("reward",)),` -> `("rewards",)),`
+    Red: curves.py: `("reward",),` -> `("rewards",),`
     Red: train.py:run_steps: `for _ in range(config.updates):` -> `for _ in range(1):`"""
     out = run(base, files, tmp_path / "run", "grpo", "--updates", "2")
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
