@@ -23,6 +23,7 @@ import peft_folder
 import records
 import strict
 from config import Config
+from verifiers import RULE
 
 FORMAT = 1
 FREE = ("resume", "save_every", "keep", "reference_cache", "out", "device", "micro_batch_tokens",
@@ -134,7 +135,7 @@ def newest(out: Path) -> tuple[Path | None, list[str]]:
 def compare(old: dict, now: dict, out: Path) -> None:
     """ValueError names the first input file, then the first flag, that is not as it was."""
     for key in old["inputs"] | now["inputs"]:
-        if old["inputs"].get(key) != now["inputs"].get(key):
+        if old["inputs"].get(key) != now["inputs"].get(key) and not key.startswith(RULE):
             raise ValueError(f"cannot resume {out}: {key} has changed since the run began. Put the "
                              "old one back, or start a new run with another --out")
     for key, value in json.loads(json.dumps(now["config"])).items():
@@ -162,6 +163,9 @@ def resume(net: nn.Module, optimizer: torch.optim.Optimizer, out: Path, config: 
         raise ValueError(f"{folder} has format {state['format']!r}, this code reads {FORMAT}: "
                          "resume with the version that wrote it")
     compare(state, start | {"config": asdict(config)}, out)
+    told += [f"{key} is not as it was: what follows is earned by the new one"
+             for key, digest in start["inputs"].items()
+             if key.startswith(RULE) and state["inputs"].get(key) != digest]
     told += [f"{key} was {value} and is now {versions()[key]}: the last bits may differ"
              for key, value in state["versions"].items() if versions()[key] != value]
     if folder:

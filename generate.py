@@ -85,10 +85,11 @@ def sample(net: model.Transformer, prompts: Sequence[Sequence[int]], max_new_tok
     if longest >= context:
         raise ValueError(f"a prompt has {longest} tokens, and the model's context of {context} "
                          "(max_position_embeddings) leaves no room for an answer: shorten it")
-    max_new_tokens, training = min(max_new_tokens, context - longest), net.training
+    room = [min(max_new_tokens, context - len(p)) for p in prompts for _ in range(copies)]
+    training = net.training
     net.eval()
-    responses: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
-    rows = going = range(len(responses) if max_new_tokens else 0)
+    responses: list[list[int]] = [[] for _ in room]
+    rows = going = range(len(room) if max_new_tokens else 0)
     hidden_BD, cache = read(net, prompts, copies)
     while going:
         drawn_B = next_token(net.logits(hidden_BD), temperature, top_p, generator)
@@ -96,7 +97,7 @@ def sample(net: model.Transformer, prompts: Sequence[Sequence[int]], max_new_tok
             if i in going:
                 responses[i].append(token)
         going = {i for i in going
-                 if len(responses[i]) < max_new_tokens and responses[i][-1] not in stop_ids}
+                 if len(responses[i]) < room[i] and responses[i][-1] not in stop_ids}
         if len(going) <= CROWDED * len(rows):
             stay = [n for n, i in enumerate(rows) if i in going]
             rows, drawn_B = [rows[n] for n in stay], drawn_B[stay]
@@ -164,6 +165,9 @@ def main(argv: list[str] | None = None) -> None:
         net = model.load(folder, getattr(torch, args.dtype), args.device)
         if args.adapter:
             lora.load(net, args.adapter)
+        if hasattr(net, "score"):
+            raise ValueError(f"--adapter {args.adapter} is a reward model, which answers nothing: "
+                             "give it to train.py as --reward")
         if not args.prompt:
             return converse(net, chat, args)
         answers = complete(net, chat, [(turn(p),) for p in args.prompt], args.max_new_tokens,

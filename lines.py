@@ -87,7 +87,8 @@ class Units:
             row = records.json_lines(self.rows.path, [line])
             examples, lost, formats = data.read_rows(row, self.config.score_range)
             encoded, long = tokens.encode_all(
-                examples, self.chat, self.config.max_length, self.config.truncate_prompt)
+                examples, self.chat, self.config.max_length, self.config.truncate_prompt,
+                self.reads)
         except ValueError as error:
             if refuse:
                 raise

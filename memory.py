@@ -11,6 +11,7 @@ import torch
 import heads
 import lora
 import model
+import rewards
 from architecture import ModelConfig
 from config import Config
 from objectives import LOSSES
@@ -54,22 +55,27 @@ def kept(net: model.Transformer, rows: int, length: int, checkpointing: bool) ->
 def estimate(config: Config, folder: Path) -> dict[str, float]:
     """Bytes by what they are for, of one process."""
     net, size = blank(config, folder), ModelConfig.from_folder(folder)
-    rows = max(1, config.micro_batch_tokens // config.max_length)
-    plain = kept(net, rows, config.max_length, False)
+    online = LOSSES[config.loss].online
+    length = config.max_length + config.response_tokens * online
+    rows = max(1, config.micro_batch_tokens // length)
+    plain = kept(net, rows, length, False)
     block = plain / size.num_hidden_layers
     saved = config.gradient_checkpointing  # then a block is run again, and its own are there twice
     out = {
         "frozen weights": sum(p.nbytes for p in net.parameters() if not p.requires_grad),
         "adapters, gradients, moments": MOMENTS * sum(
             p.nbytes for p in net.parameters() if p.requires_grad),
-        f"activations of {rows} rows of {config.max_length} tokens": kept(
-            net, rows, config.max_length, True) if saved else plain,
+        f"activations of {rows} rows of {length} tokens": kept(
+            net, rows, length, True) if saved else plain,
         "temporaries": (BLOCKS + saved) * block + LOGITS}
-    if LOSSES[config.loss].online:
+    if online:
         cells = 2 * size.num_hidden_layers * size.num_key_value_heads * size.head_dim
         out["keys and values while sampling"] = (
-            config.batch_size * config.group * (config.max_length + config.response_tokens) * cells
+            config.batch_size * config.group * length * cells
             * getattr(torch, config.dtype).itemsize)
+    if Path(config.reward).is_dir() and config.reward:
+        judge = blank(config, rewards.sources(Path(config.reward))[0])
+        out["frozen weights"] += sum(p.nbytes for p in judge.parameters())
     return out
 
 

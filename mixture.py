@@ -67,7 +67,7 @@ def read(path: str, config: Config, chat: tokens.Chat, reads: str) -> tuple:
         later = lines.Units(Path(path), config, chat, reads)
         return *later.sample(min(SAMPLE, len(later))), later
     examples, lost, formats = data.read(path, config.score_range)
-    rows, long = tokens.encode_all(examples, chat, config.max_length, config.truncate_prompt)
+    rows, long = tokens.encode_all(examples, chat, config.max_length, config.truncate_prompt, reads)
     return rows, lost, long, formats, None
 
 

@@ -147,9 +147,9 @@ def hint_probability(step: int, low: float, high: float, horizon: int) -> float:
 
     UFT of Liu et al., arXiv 2505.16984, Eq. B.1; there low = .05, high = .95, horizon = 300.
     """
-    if step > horizon:
+    if step > horizon or not horizon:
         return 0.0
-    return low + (high - low) * (1 + math.cos(math.pi * step / max(1, horizon))) / 2
+    return low + (high - low) * (1 + math.cos(math.pi * step / horizon)) / 2
 
 
 def hint_length(tokens: int, parts: int, probability: float, generator: torch.Generator) -> int:

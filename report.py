@@ -106,8 +106,7 @@ def verdict(before: Mapping[str, float], after: Mapping[str, float],
         way = "rose" if low > 0 else "fell" if high < 0 else "did not clearly move"
         lines.append(f"{name} {way}, {g['before']:.1%} to {g['after']:.1%}")
     if "reward" in after:
-        way = "rose" if after["reward"] > before["reward"] else "did not rise"
-        lines.append(f"reward of held-out prompts {way}, {before['reward']:.3f} to "
+        lines.append(f"reward of held-out prompts, one answer each, {before['reward']:.3f} to "
                      f"{after['reward']:.3f}, {after['kl']:.2f} nats from the reference")
     for kind in KINDS:
         if (change := after.get(f"dlogp/{kind}")) is not None:

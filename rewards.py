@@ -28,7 +28,10 @@ Reward = Callable[[Sequence[data.Messages], Sequence[str], Sequence[str]], list[
 
 
 class RewardModel:
-    """r_phi(x, y) of a folder, with its own tokenizer and template: text in, scores out."""
+    """r_phi(x, y) of a folder, with its own tokenizer and template: text in, scores out.
+
+    sigmoid(r_phi) where una_online compares it with sigmoid(r_theta).   UNA 2.3.4
+    """
 
     def __init__(self, folder: Path, config: Config) -> None:
         base, adapter = sources(folder)
@@ -37,8 +40,9 @@ class RewardModel:
         if adapter:
             lora.load(self.net.eval(), adapter)  # its dropout is for training
         if not hasattr(self.net, "score"):
-            raise ValueError(f"--reward {folder} has no score head: expected a run of --loss "
-                             "reward_model, or a folder of ...ForSequenceClassification")
+            raise ValueError("it has no score head: expected a run of --loss reward_model, or a "
+                             "folder of ...ForSequenceClassification")
+        self.squashed = config.loss == "una_online" and config.una_target == "score"
         self.budget = config.micro_batch_tokens
         self.longest = self.net.config.max_position_embeddings
 
@@ -56,13 +60,16 @@ class RewardModel:
             raise ValueError(f"the reward model cannot read the response {lost[0]['where']}: "
                              f"{lost[0]['reason']}: lower --response_tokens")
         groups = tokens.micro_batches([(row,) for row in rows], self.budget)
-        return [score for group in groups for score in scoring.judge(
-            self.net, tokens.collate([e for e, in group])).tolist()]
+        scores = torch.cat([scoring.judge(self.net, tokens.collate([e for e, in group]))
+                            for group in groups])
+        return (scores.sigmoid() if self.squashed else scores).tolist()
 
 
 def sources(folder: Path) -> tuple[Path, Path | None]:
     """(model folder, adapter folder or None) of a run, an adapter or a model."""
     inner = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if inner == folder and (folder / "metrics.jsonl").is_file():
+        raise ValueError("this run has not ended: it has no adapter yet")
     if not (inner / "adapter_config.json").is_file():
         return inner, None
     base = strict.read_json(inner / "adapter_config.json").get("base_model_name_or_path")
@@ -75,7 +82,10 @@ def load(config: Config) -> Reward:
     """The Reward that --reward names.   ValueError where there is none."""
     name = config.reward
     if name != "exact" and Path(name).is_dir():
-        return RewardModel(Path(name), config)
+        try:
+            return RewardModel(Path(name), config)
+        except ValueError as error:
+            raise ValueError(f"--reward {name}: {error}") from None
     return verifiers.each(verifiers.found(name), name)
 
 
@@ -83,8 +93,10 @@ def inputs(name: str) -> dict[str, str]:
     """{what: SHA-256} of every file of a loaded --reward: a run that goes on needs the same."""
     if not name or name == "exact":
         return {}
-    paths = [Path(sys.modules[name.rpartition(":")[0]].__file__)] if not Path(name).is_dir() else [
-        path for folder in sources(Path(name)) if folder for path in sorted(folder.iterdir())
-        if path.suffix in (".json", ".jinja", ".safetensors")]
+    if not Path(name).is_dir():
+        path = getattr(sys.modules[name.rpartition(":")[0]], "__file__", None)
+        return {verifiers.RULE + name: durable.digests([Path(path)])[0]} if path else {}
+    paths = [path for folder in sources(Path(name)) if folder for path in sorted(folder.iterdir())
+             if path.suffix in (".json", ".jinja", ".safetensors")]
     return {f"reward file {path.parent.name}/{path.name}": digest
             for path, digest in zip(paths, durable.digests(paths), strict=True)}

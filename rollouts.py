@@ -8,6 +8,7 @@ temperature), and log-probs, the reference's as well, are those of that very dis
 are a function of seed and step. Several processes all sample the same.
 Letters: P prompts, G responses to each, B = P G rows, T tokens.
 """
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -84,13 +85,13 @@ def collect(net: model.Transformer, chat: tokens.Chat, asked: Sequence[tokens.En
 
 
 @torch.no_grad()
-def credited(net: model.Transformer, rows: list[tokens.Encoded], given: list[int],
+def credited(net: model.Transformer, rows: list[tokens.Encoded], hinted: list[int],
              config: Config) -> list[tokens.Encoded]:
     """The rows with log-probs under policy and reference, and, if sampled, with advantages.
 
-    given: how many tokens of a response were a hint, for the sampled rows, which come first.
+    hinted: how many tokens of a response were a hint, for the sampled rows, which come first.
     """
-    training, count = net.training, len(given)
+    training, count = net.training, len(hinted)
     net.eval()
     batches = [tokens.collate([e for e, in group]) for group in tokens.micro_batches(
         [(row,) for row in rows], config.micro_batch_tokens)]
@@ -99,13 +100,13 @@ def credited(net: model.Transformer, rows: list[tokens.Encoded], given: list[int
     net.train(training)
     old, ref, mask = (stack(x) for x in ([s.token_logps for s in parts], refs,
                                          [s.mask for s in parts]))
-    heads = torch.zeros_like(old) if parts[0].heads is None else stack([s.heads for s in parts])
-    values = heads if heads.ndim == 2 else torch.zeros_like(old)
+    said = torch.zeros_like(old) if parts[0].heads is None else stack([s.heads for s in parts])
+    values = said if said.ndim == 2 else torch.zeros_like(old)
     starts = torch.tensor([[row.prompt_len] for row in rows[:count]])
-    hint = mask[:count] & (torch.arange(mask.shape[1]) < starts + torch.tensor(given)[:, None])
+    hint = mask[:count] & (torch.arange(mask.shape[1]) < starts + torch.tensor(hinted)[:, None])
     earned = torch.tensor([row.reward for row in rows[:count]])
     if config.loss == "uniapl":
-        earned = earned + config.discriminator_weight * heads[:count]
+        earned = earned + config.discriminator_weight * said[:count]
     advantages, returns = credit(earned, old[:count], ref[:count], values[:count],
                                  mask[:count] & ~hint, config)
     tables = torch.stack((old[:count], ref[:count], advantages, values[:count], returns, hint))
@@ -138,8 +139,7 @@ def credit(earned_B: Tensor, old: Tensor, ref: Tensor, values: Tensor, mask: Ten
         rewards = -config.beta * k1 + F.one_hot(last, mask.shape[1]) * earned_B[:, None]
         advantages, returns = policy_gradients.gae(rewards, values, mask, config.ppo_gamma,
                                                    config.ppo_lam)
-        spread = mask.sum() > 1  # one token alone has none
-        return policy_gradients.whiten(advantages, mask) if spread else advantages, returns
+        return policy_gradients.whiten(advantages, mask), returns
     if config.loss == "rloo":
         earned_PG = (earned_B - config.beta * k1.sum(-1)).view(-1, config.group)
         advantages = policy_gradients.rloo_advantages(earned_PG)
@@ -160,16 +160,20 @@ def through(net: model.Transformer, chat: tokens.Chat, batches: Iterator[tuple],
 def measure(rows: Sequence[tokens.Encoded], group: int) -> dict[str, float]:
     """Numbers of sampled rows, {} where there are none; TRL's names where they exist.
 
-    reward; reward_std, within a prompt; kl, k1 from the reference in nats a response; tokens of a
-    response; hints left out. Of the policy that sampled them, before the step's updates.
+    reward, of responses with a drawn token; reward_std, within a prompt; kl, k1 from the reference
+    in nats a response; tokens of a response; hints left out, hint/share is theirs of all tokens.
+    Of the policy that sampled them, before the step's updates.
     """
     if not (rows := [row for row in rows if row.sampled]):
         return {}
-    earned = torch.tensor([row.reward for row in rows])
+    earned, given = torch.tensor([row.reward for row in rows]), [r.sampled.given for r in rows]
+    own = [row.reward for row, hint in zip(rows, given, strict=True) if not all(hint)]
+    share = sum(map(sum, given)) / sum(map(len, given))
     k1 = [old - ref for row in rows for old, ref, *_, given in zip(*row.sampled, strict=True)
           if not given]
     spread = {"reward_std": earned.view(-1, group).std(1).mean().item()} if group > 1 else {}
-    return spread | {"reward": earned.mean().item(), "kl": sum(k1) / len(rows),
+    spread |= {"hint/share": share} if share else {}
+    return spread | {"reward": sum(own) / len(own) if own else math.nan, "kl": sum(k1) / len(rows),
                      "completions/mean_length": len(k1) / len(rows)}
 
 
@@ -177,7 +181,7 @@ def held_out(net: model.Transformer, chat: tokens.Chat, units: Sequence, reward:
              config: Config) -> dict[str, float]:
     """`measure` of one response to each held-out prompt, without hints, always of one seed; as many
     at a time as a step samples, which takes as much memory."""
-    alone = replace(config, group=1, loss="una_online", una_target="reward", anchor="ref")
+    alone = replace(config, group=1, loss="una_online", una_target="reward", anchor="ref", beta=1.0)
     asked, many = [unit[0] for unit in units], config.batch_size * config.group
     parts = [collect(net, chat, asked[i : i + many], reward, alone, i)
              for i in range(0, len(asked), many)]

@@ -66,7 +66,9 @@ def explain(error: Exception, step: int, units: list, config: Config, out: Path)
         return ValueError(
             f"out of memory at step {step + 1}. Try in this order: --micro_batch_tokens "
             f"{config.micro_batch_tokens // 2}, --gradient_checkpointing true, --dtype bfloat16, "
-            f"--max_length {config.max_length // 2}; --memory_estimate true says what each needs")
+            f"--max_length {config.max_length // 2}"
+            f"{', --group ' + str(config.group // 2) if config.reward else ''}; "
+            "--memory_estimate true says what each needs")
     return told(error, f"at step {step + 1}", config.timeout)
 
 

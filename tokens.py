@@ -49,7 +49,7 @@ class Encoded:
     ids: list[int]
     prompt_len: int
     reward: float
-    kind: str
+    kind: str  # as data.Example has it; "sampled" of a response that was
     where: str
     prompt: tuple  # the messages: rows of one prompt are held out, paired or mismatched by it
     ref_logps: float | None = None  # log pi_ref of the response, where it is known already
@@ -193,12 +193,15 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def encode(example, chat: Chat, max_length: int, truncate_prompt: bool = False) -> Encoded:
+def encode(example, chat: Chat, max_length: int, truncate_prompt: bool = False,
+           reads: str = "rows") -> Encoded:
     """The Encoded row of a data.Example.   Skip beyond max_length tokens, or with no prompt token.
 
-    truncate_prompt cuts such a prompt from the left, behind its BOS; a response is never cut.
+    truncate_prompt cuts such a prompt from the left, behind its BOS; a response is never cut. A
+    loss that reads "prompts" is given an empty one, whatever the length of the record's.
     """
-    prompt, answer = chat.prompt_ids(example.prompt), chat.response_ids(example.response)
+    response = "" if reads == "prompts" else example.response
+    prompt, answer = chat.prompt_ids(example.prompt), chat.response_ids(response)
     if not prompt:
         raise Skip("the prompt has no token")
     if len(prompt) + len(answer) > max_length:
@@ -211,14 +214,13 @@ def encode(example, chat: Chat, max_length: int, truncate_prompt: bool = False) 
                    example.prompt, answer=example.answer or example.response)
 
 
-def encode_all(
-    examples: Sequence, chat: Chat, max_length: int, truncate_prompt: bool = False
-) -> tuple[list[Encoded], list[dict]]:
+def encode_all(examples: Sequence, chat: Chat, max_length: int, truncate_prompt: bool = False,
+               reads: str = "rows") -> tuple[list[Encoded], list[dict]]:
     """(rows, dropped rows with their reason) of data.Examples, in order."""
     out, dropped = [], []
     for example in examples:
         try:
-            out.append(encode(example, chat, max_length, truncate_prompt))
+            out.append(encode(example, chat, max_length, truncate_prompt, reads))
         except Skip as reason:
             dropped.append({"where": example.where, "reason": str(reason)})
         except ValueError as error:

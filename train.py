@@ -13,8 +13,8 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,6 @@ import checkpoint
 import durable
 import exam
 import heads
-import lines
 import lora
 import memory
 import mixture
@@ -94,8 +93,10 @@ def adapted(config: Config, folder: Path) -> tuple[model.Transformer, torch.opti
     for name, layer in lora.adapters(net).items():
         if config.lora_r > (most := min(layer.weight.shape)):
             raise ValueError(f"--lora_r {config.lora_r} is more than {name} can use: {most}")
-    if LOSSES[config.loss].head:
-        heads.attach(net, LOSSES[config.loss].head)
+    if (head := LOSSES[config.loss].head) == "score" and "lm_head" in lora.adapters(net):
+        raise ValueError("--lora_targets: a reward model does not read lm_head: leave it out")
+    if head:
+        heads.attach(net, head)
     if several:
         parallel.shard(net, config.device)
     return net, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad],
@@ -112,25 +113,15 @@ def check_online(config: Config) -> None:
     if config.group < 2 and name in ("rloo", "grpo", "uft_hint", "uniapl"):
         raise ValueError(f"--loss {name} compares responses to one prompt: found --group "
                          f"{config.group}, expected 2 or more")
+    flags = {f.name: f.default for f in fields(Config)}
+    start, end = (list(flags).index(name) for name in ("group", "dtype"))
+    odd = [n for n in list(flags)[start:end] if getattr(config, n) != flags[n] and not online]
+    if odd:
+        raise ValueError(f"--{odd[0]} is for losses that sample: --loss {name} does not read "
+                         "it, remove the flag")
     if online and config.reference_cache:
         raise ValueError("--reference_cache keeps log-probs of rows that come again, and --loss "
                          f"{name} samples new ones: remove the flag")
-
-
-def check_responses(config: Config, files: Sequence, context: int) -> None:
-    """ValueError where a prompt leaves no room for --response_tokens: it would shorten the others'.
-
-    Of a file that is not read at the start every row may be as long as --max_length.
-    """
-    longest = max(config.max_length if isinstance(units, lines.Units) else max(
-        len(row.ids) if config.loss == "uft_hint" else row.prompt_len
-        for row, *_ in units) for units in files if len(units))
-    if longest + config.response_tokens > context:
-        what = "a solution given as a hint" if config.loss == "uft_hint" else "the longest prompt"
-        raise ValueError(f"--response_tokens {config.response_tokens} behind {what}, {longest} "
-                         f"tokens with its prompt, are more than the model's context of {context}: "
-                         f"give --response_tokens {max(1, context - longest)}, or a lower "
-                         "--max_length")
 
 
 def train(config: Config) -> Path:
@@ -144,9 +135,6 @@ def train(config: Config) -> Path:
     chat, tests = open_chat(config, folder), exam.read_tests(config)
     exam.check_room(tests, chat, model.ModelConfig.from_folder(folder).max_position_embeddings)
     files, *loaded = mixture.load_data(config, chat, LOSSES[config.loss].reads)
-    if LOSSES[config.loss].online:
-        check_responses(config, [*files, loaded[1]],
-                        model.ModelConfig.from_folder(folder).max_position_embeddings)
     reward = rewards.load(config) if config.reward else None
     inputs = checkpoint.inputs(config, folder, model.weight_files(folder)) | rewards.inputs(
         config.reward)
@@ -173,25 +161,28 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
     print(report.header(net, config, told, len(dropped), steps, out))
     print("".join(f"test    {name}: {len(asked)} questions\n" for name, asked in tests.items()),
           end="")
+    if config.loss == "uft_hint" and config.hint_steps >= steps:
+        print(f"note    hints are given until step {config.hint_steps}, the run ends at {steps}: "
+              f"--hint_steps {3 * steps // 5} leaves it two fifths without, as in the paper")
     if config.resume:
         state, notes = checkpoint.resume(net, optimizer, out, config, state)
         print("\n".join(f"resume  {n}" for n in [
             *notes, f"after step {state['step']}, {state['num_tokens']} tokens seen"]))
         parallel.agree({"checkpoint": str(state["step"])}, config.device)
-    elif not parallel.rank():
-        report.write_json(out / "config.json", asdict(config))
     listed = None if parallel.rank() else out / "dropped.jsonl"
-    if listed and not state["step"]:
-        report.write_lines(listed, dropped)
-    elif listed:
-        report.keep_lines(listed)
     batches, first = (mixture.stream(files, weights, config, *more)
                       for more in ((state["place"], listed), ()))
     batches = reference.through(net, batches, *kept) if kept else batches
     if reward:
-        batches, first = (rollouts.through(net, chat, b, reward, config, step)
-                          for b, step in ((batches, state["step"]), (first, 0)))
-    first, _ = next(first)
+        batches = rollouts.through(net, chat, batches, reward, config, state["step"])
+        first = first if state["step"] else rollouts.through(net, chat, first, reward, config, 0)
+    first, _ = next(first)  # a reward that refuses it leaves a folder that is still free
+    if listed and not config.resume:
+        report.write_json(out / "config.json", asdict(config))
+    if listed and not state["step"]:
+        report.write_lines(listed, dropped)
+    elif listed:
+        report.keep_lines(listed)
     print(report.example(first[0][0], chat))
     if not state["step"]:
         print("check   " + self_check(net, first, config), flush=True)
@@ -216,6 +207,15 @@ def run(net: model.Transformer, optimizer: torch.optim.Optimizer, chat: tokens.C
     print(report.closing(results, folder, out))
 
 
+def next_batch(batches: Iterator[tuple], keep: Callable[[], None]) -> tuple:
+    """The next (units, place); where a row or a reward is refused, `keep` is called first."""
+    try:
+        return next(batches)
+    except ValueError:
+        keep()
+        raise
+
+
 def run_steps(
     net: model.Transformer, optimizer: torch.optim.Optimizer, batches: Iterator[tuple], state: dict,
     steps: int, size: int, config: Config, out: Path,
@@ -227,13 +227,21 @@ def run_steps(
     log, start, began = out / "metrics.jsonl", state["step"], time.perf_counter()
     if first := not parallel.rank():
         report.keep_lines(log, start)
+
+    def keep() -> None:
+        """What was learned since the last checkpoint."""
+        saved = [0, *map(checkpoint.number, checkpoint.steps(out))]
+        if first and state["step"] not in saved:
+            durable.sync(log)
+            checkpoint.save(net, optimizer, out, state, config)
+
     with report.progress(steps, start, first) as bar, stops.signals() as caught:
         for step in range(start, steps):
             clock, units, rate = time.perf_counter(), [], learning_rate(step, steps, config)
             dropout = random.Random(f"{config.seed} {step} {parallel.rank()}")
             torch.manual_seed(dropout.getrandbits(32))
             try:
-                units, place = next(batches)
+                units, place = next_batch(batches, keep)
                 for _ in range(config.updates):
                     metrics = train_step(net, optimizer, units, config, rate)
                 metrics |= rollouts.measure([e for unit in units for e in unit], config.group)

@@ -68,7 +68,8 @@ def train_step(
     objective = LOSSES[config.loss]
     z0, units = reference_point(net, units, config)
     rows = [e for unit in units for e in unit]
-    tokens_per_row = sum(len(e.ids) - e.prompt_len for e in rows) / len(rows)
+    counts = [len(e.ids) - e.prompt_len - sum(e.sampled.given if e.sampled else ()) for e in rows]
+    tokens_per_row = max(1, sum(counts)) / len(rows)  # without hints
     found, (groups, own, before) = [], parallel.turns(units, config.micro_batch_tokens)
     for number, group in enumerate(groups):
         batch = tokens.collate([e for unit in group for e in unit])

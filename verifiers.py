@@ -9,6 +9,7 @@ from numbers import Real
 
 import strict
 
+RULE = "reward module "  # before its name among the inputs of a run: the one that may be mended
 Rule = Callable[[str, str, str], float]  # of the last turn's text, a response, the answer
 
 

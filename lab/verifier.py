@@ -9,8 +9,10 @@ import re
 
 
 def kept(response: str, answer: str) -> list[float]:
-    """[form, content] of a response."""
-    return [float(re.fullmatch(pattern, response) is not None) for pattern in answer.split("\n")]
+    """[form, content] of a response.   ValueError where the record holds no two patterns."""
+    if len(patterns := answer.split("\n")) != 2:
+        raise ValueError("answer is not two lines of patterns, as in lab/data/prompts.jsonl")
+    return [float(re.fullmatch(pattern, response) is not None) for pattern in patterns]
 
 
 def form(_: str, response: str, answer: str) -> float:

@@ -150,8 +150,8 @@ def test_log_probs_while_sampling_are_those_that_training_scores(changes, room, 
 
 @pytest.mark.parametrize("most", [0, 1, 5])
 def test_a_response_has_at_most_max_new_tokens(most):
-    """Red: generate.py:sample: `len(responses[i]) < max_new` -> `len(responses[i]) <= max_new`
-    Red: generate.py:sample: `len(responses) if max_new_tokens else 0` -> `len(responses)`"""
+    """Red: generate.py:sample: `len(responses[i]) < room` -> `len(responses[i]) <= room`
+    Red: generate.py:sample: `len(room) if max_new_tokens else 0` -> `len(room)`"""
     assert [len(r) for r in generate.sample(tiny.transformer(), PROMPTS, most, ())] == [most] * 4
 
 
@@ -282,11 +282,14 @@ def test_the_command_answers_each_prompt_greedily(base, capsys):
 
 
 def test_a_response_ends_where_the_context_does_and_a_full_context_is_refused():
-    """128 positions: of 120 tokens eight are left, of 128 none.
-    Red: generate.py:sample: `min(max_new_tokens, context - longest)` -> `max_new_tokens`
+    """128 positions: of 120 tokens eight are left, of 128 none; a neighbour has its own.
+    Red: generate.py:sample: `min(max_new_tokens, context - len(p))` -> `max_new_tokens`
+    Red: generate.py:sample: `context - len(p)` -> `context - longest`
     Red: generate.py:sample: `if longest >= context` -> `if 0`"""
     net = tiny.transformer()
-    assert [len(r) for r in generate.sample(net, [[3] * 120, [3]], 99, ())] == [8, 8]
+    assert [len(r) for r in generate.sample(net, [[3] * 120, [3]], 99, ())] == [8, 99]
+    alone, = generate.sample(net, [[3]], 99, ())
+    assert generate.sample(net, [[3] * 120, [3]], 99, ())[1] == alone
     with pytest.raises(ValueError, match="has 128 tokens, and the model's context of 128"):
         generate.sample(net, [[3], [3] * 128], 1, ())
 

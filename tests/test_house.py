@@ -30,7 +30,7 @@ CAPS = {
     "peft_folder.py": 110, "merging.py": 140, "deltas.py": 60, "architecture.py": 120,
     "backward.py": 330, "packing.py": 120,
     "model.py": 400, "config.py": 175, "generate.py": 190, "evaluate.py": 190, "exam.py": 85,
-    "checkpoint.py": 190, "durable.py": 170, "stops.py": 95, "objectives.py": 175,
+    "checkpoint.py": 200, "durable.py": 170, "stops.py": 95, "objectives.py": 175,
     "report.py": 190, "parallel.py": 120, "mixture.py": 105, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,
     "heads.py": 80, "memory.py": 120, "scoring.py": 70, "rewards.py": 120, "update.py": 140,

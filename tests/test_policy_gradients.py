@@ -398,16 +398,16 @@ def test_grpo_divides_by_the_rows_drawn_tokens_or_the_batchs_mean_or_a_constant(
 
 
 def test_the_share_of_hints_falls_as_a_cosine_and_ends():
-    """p(0) = high, p(T) = low, halfway between at T / 2, 0 behind T; never up; T = 0 is no fault.
+    """p(0) = high, p(T) = low, halfway between at T / 2, 0 behind T; never up; T = 0 gives none.
     Red: policy_gradients.py:hint_probability: `step > horizon` -> `step >= horizon`
     Red: policy_gradients.py:hint_probability: `return low + (high - low)` -> `return low + high`
     Red: policy_gradients.py:hint_probability: `(1 + math.cos` -> `(1 - math.cos`
-    Red: policy_gradients.py:hint_probability: `max(1, horizon)` -> `horizon`"""
+    Red: policy_gradients.py:hint_probability: `or not horizon` -> ``"""
     p = [pg.hint_probability(t, 0.05, 0.95, 300) for t in range(303)]
     close(real(p[0], p[150], p[300]), real(0.95, 0.5, 0.05), 1e-15)
     close(torch.tensor(p[75]), 0.05 + 0.9 * (1 + math.sqrt(0.5)) / 2, 1e-6)
     assert p[301:] == [0.0, 0.0] and all(a > b for a, b in itertools.pairwise(p[:302]))
-    assert [pg.hint_probability(t, 0.1, 0.9, 0) for t in (0, 1)] == [0.9, 0.0]
+    assert [pg.hint_probability(t, 0.1, 0.9, 0) for t in (0, 1)] == [0.0, 0.0]
     close(real(pg.hint_probability(1, 0.1, 0.9, 1)), 0.1, 1e-15)
 
 

@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import folder
 import numpy as np
@@ -196,7 +197,7 @@ def test_a_folder_without_a_score_head_is_no_reward_model(base, judge, tmp_path)
     shutil.copy(judge / "adapter/chat_template.jinja", plain)
     (silent / "adapter" / heads.FILE).unlink()
     for place in (plain, silent):
-        with pytest.raises(ValueError, match=f"--reward {place} has no score head"):
+        with pytest.raises(ValueError, match=f"--reward {place}: it has no score head"):
             rewards.load(settings(place))
 
 
@@ -207,8 +208,9 @@ def test_every_file_of_a_reward_counts_as_an_input(judge):
     assert {"base/model.safetensors", "base/tokenizer.json", "adapter/heads.safetensors",
             "adapter/adapter_model.safetensors", "adapter/chat_template.jinja"} <= found
     assert rewards.inputs("exact") == rewards.inputs("") == {}
+    assert rewards.inputs("builtins:len") == {}  # it has no file
     verifiers.found("tiny:letters")
-    assert [*rewards.inputs("tiny:letters")] == ["reward file tests/tiny.py"]
+    assert [*rewards.inputs("tiny:letters")] == ["reward module tiny:letters"]
 
 
 @pytest.mark.parametrize("centre", [0.0, 0.5])
@@ -253,3 +255,29 @@ def test_bradley_terry_at_equal_scores_is_log_two():
     x = torch.tensor([3.0, -2.0], dtype=torch.float64)
     test_train.close(losses.reward_model(x, x), torch.full_like(x, math.log(2)))
     assert train.LOSSES["reward_model"].start(x, None) == math.log(2)
+
+
+def test_una_online_is_given_the_sigmoid_of_a_score_unless_it_compares_rewards(judge):
+    """Others, and `--una_target reward`, get the score.
+    Red: rewards.py:RewardModel.__call__: `scores.sigmoid() if self.squashed` -> `scores if True`
+    Red: rewards.py:RewardModel.__init__: `config.una_target == "score"` -> `True`"""
+    raw = rewards.load(settings(judge))(*said())
+    for target, expected in (("reward", raw), ("score", torch.tensor(raw).sigmoid().tolist())):
+        setup = replace(settings(judge), loss="una_online", una_target=target)
+        assert rewards.load(setup)(*said()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_reward_folder_that_cannot_be_judged_with_says_what_it_lacks(judge, tmp_path):
+    """A run that has not ended; a base that is not here.
+    Red: rewards.py:sources: `if inner == folder and` -> `if False and`
+    Red: rewards.py:load: `f"--reward {name}: {error}"` -> `error`"""
+    unfinished, moved = tmp_path / "unfinished", tmp_path / "moved"
+    unfinished.mkdir()
+    (unfinished / "metrics.jsonl").touch()
+    shutil.copytree(judge / "adapter", moved)
+    about = json.loads((moved / "adapter_config.json").read_text("utf-8"))
+    (moved / "adapter_config.json").write_text(
+        json.dumps(about | {"base_model_name_or_path": str(tmp_path / "gone")}), "utf-8")
+    for place, told in ((unfinished, "has not ended"), (moved, "gone is not a model folder")):
+        with pytest.raises(ValueError, match=f"{place}.*{told}"):
+            rewards.load(settings(place))

@@ -49,3 +49,13 @@ def batch(lengths=((3, 4), (2, 6), (5, 2)), seed: int = 0) -> tuple[torch.Tensor
         ids[i, : p + r] = torch.randint(3, V, (p + r,), generator=generator)
         mask[i, p : p + r] = True
     return ids, mask
+
+
+def brief(_: str, response: str, __: str) -> float:
+    """A reward: 1 for at most six words."""
+    return float(len(response.split()) <= 6)
+
+
+def two(_: str, __: str, ___: str) -> float:
+    """A reward outside [0, 1]."""
+    return 2.0
