@@ -281,3 +281,14 @@ def test_a_reward_folder_that_cannot_be_judged_with_says_what_it_lacks(judge, tm
     for place, told in ((unfinished, "has not ended"), (moved, "gone is not a model folder")):
         with pytest.raises(ValueError, match=f"{place}.*{told}"):
             rewards.load(settings(place))
+
+
+def test_a_reward_model_adapts_no_head_that_it_never_reads(base):
+    """Its gradient would be missing, as if something were broken.
+    Red: train.py:adapted: `== "score" and "lm_head" in` -> `== "score" and "none" in`"""
+    setup = config.Config(model=str(base), data=("d",), loss="reward_model", lora_r=2,
+                          lora_targets=("q_proj", "lm_head"))
+    with pytest.raises(ValueError, match="a reward model does not read lm_head"):
+        train.adapted(setup, base)
+    net, _ = train.adapted(replace(setup, loss="ppo"), base)
+    assert "lm_head" in lora.adapters(net)

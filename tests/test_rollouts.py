@@ -229,8 +229,8 @@ def test_the_rewards_of_ppos_tokens_add_up_to_the_reward_less_beta_times_the_log
     Red: rollouts.py:credit: `rewards = -config.beta * k1` -> `rewards = config.beta * k1`
     Red: rollouts.py:credit: `last = mask.shape[1] - 1` -> `last = mask.shape[1] - 2`
     Red: rollouts.py:credit: `config.ppo_gamma,` -> `0.9,`
-    Red: rollouts.py:credit: `if spread else` -> `if not spread else`
-    Red: rollouts.py:credited: `heads if heads.ndim == 2` -> `2 * heads if heads.ndim == 2`"""
+    Red: rollouts.py:credit: `policy_gradients.whiten(advantages, mask)` -> `advantages`
+    Red: rollouts.py:credited: `said if said.ndim == 2` -> `2 * said if said.ndim == 2`"""
     net, rows, _ = collected(base, chat, "ppo", ppo_lam=1.0)
     for row in rows:
         k1 = [a - b for a, b in zip(row.sampled.old_logps, row.sampled.ref_logps, strict=True)]
@@ -286,7 +286,7 @@ def test_una_online_is_the_offline_loss_on_rows_from_another_source(
 def test_uniapl_adds_the_demonstrations_and_the_discriminators_logit_to_the_reward(base, chat):
     """By hand: the logit is the head's on the base's state behind the last token.
     Red: rollouts.py:collect: `list(asked) if` -> `list(asked)[:1] if`
-    Red: rollouts.py:credited: `config.discriminator_weight * heads[:count]` -> `0 * heads[:count]`
+    Red: rollouts.py:credited: `config.discriminator_weight * said[:count]` -> `0 * said[:count]`
     Red: scoring.py:score: `with torch.no_grad(), lora.disabled(net):` -> `with torch.no_grad():`"""
     net, rows, setup = collected(base, chat, "uniapl", discriminator_weight=2.0)
     drawn, taught = rows[:12], rows[12:]
@@ -387,7 +387,7 @@ def run(base, files, out, loss, *more):
 def test_a_run_that_samples_or_has_a_head_goes_on_bit_for_bit(base, files, tmp_path, loss, more):
     """Draws, hints, the head and its moments; the held-out numbers from before too.
     Red: rollouts.py:through: `enumerate(batches, step)` -> `enumerate(batches)`
-    Red: train.py:run: `((batches, state["step"]), (first, 0))` -> `((batches, 0), (first, 0))`
+    Red: train.py:run: `reward, config, state["step"])` -> `reward, config, 0)`
     Red: checkpoint.py:restore: `tensor in saved.items()` -> `tensor in [*saved.items()][:28]`
     Red: checkpoint.py:restore: `= tensor.to(place)` -> `= tensor.to(place) * ("lora" in name)`"""
     whole = run(base, files, tmp_path / "whole", loss, *more.split())

@@ -262,8 +262,8 @@ def rollouts() -> list[Case]:
     return out + [
         Case("A20 a cache of what is sampled", "train", None,
              "--loss grpo --reward exact --reference_cache DIR/c", "--reference_cache; grpo"),
-        Case("A20 no room for responses", "train", None,
-             "--loss grpo --reward exact --response_tokens 125", "--response_tokens 125; 128"),
+        Case("A20 a flag of rollouts without them", "train", None, "--updates 2",
+             "--updates; uft does not read it; remove"),
         Case("A20 a model without a head", "train", several(rules, lambda p: write(
             "model/chat_template.jinja", "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
             )(p)), f"--loss grpo {online} --reward DIR/model", "DIR/model; no score head"),
