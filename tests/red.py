@@ -58,7 +58,7 @@ def verdict(name: str, line: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for part in ("tests", "lab", "bench", "docs"):
             shutil.copytree(ROOT / part, f"{folder}/{part}", ignore=lambda *_: {"__pycache__"})
-        for path in [*ROOT.glob("*.*"), ROOT / "Makefile"]:
+        for path in filter(Path.is_file, [*ROOT.glob("*.*"), ROOT / "Makefile"]):
             shutil.copy(path, folder)
         try:
             path = Path(folder, match[1])

@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 MAINS = {"train.py": train.main, "generate.py": generate.main, "evaluate.py": evaluate.main,
          "lora.py": lora.main}
 SHORT = {"train.py": ("--steps 2 --held_out 4 --sample_tokens 2 --max_length 96 --lora_r 2 "
-                      "--batch_size 2 --micro_batch_tokens 512 --response_tokens 4 --group 2"),
+                      "--batch_size 2 --micro_batch_tokens 512"),
          "generate.py": "--max_new_tokens 2", "evaluate.py": "--limit 4 --max_new_tokens 2"}
 
 
@@ -61,7 +61,8 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
             for name in ("SFT", "DPO"):
                 shutil.copytree("runs/0001/adapter", name)
             shutil.rmtree("merged")
-        MAINS[words[0]]([*words[1:], *shlex.split(SHORT.get(words[0], ""))])
+        small = "--response_tokens 4 --group 2" if "--reward" in words else ""
+        MAINS[words[0]]([*words[1:], *shlex.split(f"{SHORT.get(words[0], '')} {small}")])
         ran.append(words[0])
     assert {name: ran.count(name) for name in MAINS} == {
         "train.py": 4, "generate.py": 1, "evaluate.py": 1, "lora.py": 2}
