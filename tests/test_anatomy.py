@@ -151,7 +151,7 @@ def test_the_page_of_every_loss_is_valid_and_its_first_step_is_that_of_the_refer
     Red: train.py:run: `results["rows"] = anatomy` -> `_ = anatomy`
     Red: page.py:section: `</div><p>` -> `<p>`
     Red: charts.py:chart: `</svg>` -> ``"""
-    online = ("--reward", "lab.verifier:form", "--group", "2", "--response_tokens", "4")
+    online = ("--reward", "tiny:letters", "--group", "2", "--response_tokens", "4")
     train.main(["--model", str(base), "--data", f"{files}/{FILE[loss]}.jsonl", "--template",
                 "plain", "--max_length", "100", "--held_out", "6", "--sample_tokens", "3",
                 "--lora_r", "2", "--lr", "0.05", "--steps", "2", "--loss", loss, "--beta", "0.5",
