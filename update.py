@@ -79,16 +79,18 @@ def train_step(
         each = F.pad(each, (0, len(batch.ids) - len(each)))  # pairs have half as many as rows
         kept = each, weights(objective, terms), *terms[:2]
         found.append(torch.stack([x for x in kept if x is not None]).detach())
-    penalty = config.lora_l1 * lora.l1(net) if config.lora_l1 else 0.0
+    penalty = 0.0
     if config.lora_l1:  # every process has it whole, and their gradients are summed
-        (penalty / parallel.size()).backward()
+        added = config.lora_l1 * lora.l1(net)
+        (added / parallel.size()).backward()
+        penalty = added.item()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     if lost := [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]:
         raise FloatingPointError(f"{len(lost)} adapter tensors get no gradient, first {lost[0]}")
     parallel.sum_gradients(trained)
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
     each, weight, logps, *refs = parallel.together(torch.cat(found[:own], 1), before, len(rows))
-    loss = each.sum().item() / len(units) + float(penalty)
+    loss = each.sum().item() / len(units) + penalty
     if not math.isfinite(loss) or not norm.isfinite():
         grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
         bad = [n for n, g in grads.items() if not g.isfinite().all()]

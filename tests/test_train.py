@@ -133,8 +133,8 @@ def test_the_order_of_units_in_a_step_changes_no_gradient(loss):
 
 def test_the_l1_penalty_adds_its_own_slope_once_a_step():
     """And its value to the logged loss, whatever the micro-batches.
-    Red: update.py:train_step: `penalty = config.lora_l1 * ` -> `penalty = `
-    Red: update.py:train_step: ` + float(penalty)` -> ``"""
+    Red: update.py:train_step: `added = config.lora_l1 * ` -> `added = `
+    Red: update.py:train_step: ` + penalty` -> ``"""
     units, net = units_of("uft"), policy()
     penalty = lora.l1(net)
     slope = torch.cat([g.flatten() for g in torch.autograd.grad(penalty, trained(net))])
