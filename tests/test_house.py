@@ -33,9 +33,9 @@ CAPS = {
     "checkpoint.py": 200, "durable.py": 170, "stops.py": 95, "objectives.py": 175,
     "report.py": 190, "parallel.py": 120, "mixture.py": 105, "lines.py": 125, "reference.py": 115,
     "command.py": 100, "records.py": 230, "doubts.py": 90,
-    "heads.py": 80, "memory.py": 120, "scoring.py": 70, "rewards.py": 120, "update.py": 140,
+    "heads.py": 80, "memory.py": 120, "scoring.py": 70, "rewards.py": 120, "update.py": 145,
     "page.py": 210, "charts.py": 160, "curves.py": 200, "anatomy.py": 80, "lab/compare.py": 150,
-    "questions.py": 175, "rollouts.py": 200, "train.py": 320, "README.md": 195}
+    "questions.py": 175, "rollouts.py": 200, "train.py": 320, "README.md": 150}
 FILES = sorted(p.name for p in ROOT.glob("*.py"))
 CODE = [*FILES, *sorted(p.relative_to(ROOT).as_posix() for folder in ("lab", "bench")
                         for p in ROOT.glob(f"{folder}/*.py"))]

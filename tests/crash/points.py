@@ -61,7 +61,9 @@ def traced(warm: start.Warm, job: dict, file: Path, rule: str = "") -> int:
     said = file.with_suffix(".said")
     with open(said, "wb") as stderr:
         strace = subprocess.Popen([*words, *(["-e", rule] if rule else [])], stderr=stderr)
-    if not trial.wait(lambda: "attached" in said.read_text("utf-8") or strace.poll(), 20):
+    if not trial.wait(lambda: "attached" in said.read_text("utf-8") or strace.poll(), 60):
+        os.kill(pid, signal.SIGKILL)
+        warm.wait(60)
         raise RuntimeError(f"strace did not attach: {said.read_text('utf-8')}")
     os.kill(pid, signal.SIGUSR1)
     code = start.finish(warm)

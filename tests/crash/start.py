@@ -31,6 +31,8 @@ class Warm:
     def start(self, job: dict) -> int:
         self.server.stdin.write(json.dumps(job).encode() + b"\n")
         self.pid = int(self.line())
+        if self.pid < 2:  # the exit code of a job that nobody waited for: 0 would signal us all
+            raise RuntimeError("the warm process is out of step: an earlier job was not waited for")
         return self.pid
 
     def wait(self, seconds: float) -> int | None:
