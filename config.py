@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from command import Parser, check, low_high, number, stop, whole
+from peft_config import TARGETS
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BETA_ZERO = ("rloo", "grpo", "ppo", "uft_hint", "uniapl")  # their KL may be left out
 REPEATED = ("data", "test")  # flags given once for every file
 GROUPS = {  # of --help, by their first flag

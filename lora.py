@@ -26,12 +26,10 @@ import backward
 import deltas
 import heads
 import merging
-import peft_config
 import peft_folder
 import strict
 from command import Parser, number, stop
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from peft_config import TARGETS, select
 
 
 class LoRALinear(nn.Module):
@@ -77,8 +75,8 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 def matching(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """Names of the linear layers that `targets` selects; see peft_config.select."""
-    return peft_config.select([n for n, m in model.named_modules()
-                               if isinstance(m, nn.Linear | LoRALinear)], targets)
+    return select([n for n, m in model.named_modules()
+                   if isinstance(m, nn.Linear | LoRALinear)], targets)
 
 
 def attach(model: nn.Module, name: str, r: int, scale: float, dropout: float) -> LoRALinear:
@@ -106,12 +104,11 @@ def inject(model: nn.Module, r: int, alpha: float, targets: str | Sequence[str] 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is pi_ref: the frozen base, bit for bit; heads say 0."""
-    parts = [*adapters(model).values(), *heads.found(model).values()]
-    before = {part: part.enabled for part in parts}
+    before = {p: p.enabled for p in (*adapters(model).values(), *heads.found(model).values())}
     if any(layer.merged for layer in adapters(model).values()):
         raise ValueError("a merged model holds no reference: call lora.unmerge first")
     try:
-        for part in parts:
+        for part in before:
             part.enabled = False
         yield
     finally:
@@ -134,9 +131,9 @@ def unmerge(model: nn.Module) -> None:
 
 
 def l1(model: nn.Module) -> Tensor:
-    """Sum of |scale B A| over all entries of all layers, PAFT's penalty on the delta.
+    """Sum of |scale B A| over all layers, PAFT's penalty on the delta.   arXiv 2406.17923
 
-    arXiv 2406.17923. Slope sign(B A), none while B is 0; one dense delta is in memory at a time.
+    Slope sign(B A), none while B is 0; one dense delta is in memory at a time.
     """
     return sum(checkpoint(lambda layer: layer.delta().abs().sum(), layer, use_reentrant=False)
                for layer in adapters(model).values())
@@ -151,9 +148,7 @@ def remove(model: nn.Module) -> None:
 
 
 def save(model: nn.Module, folder: str | Path, base: str) -> None:
-    """Writes PEFT's adapter folder, and heads.py's file where there is a head.
-
-    `base` is recorded as base_model_name_or_path.
+    """Writes PEFT's adapter folder, trained on `base`, and heads.py's file where there is a head.
     The scale is written as lora_alpha = scale * R with use_rslora false, which every reader
     understands; layers unlike the first are listed in rank_pattern and alpha_pattern.
     """

@@ -6,8 +6,8 @@ Conventions, once for the file:
   mean_logps       logps divided by the number of response tokens
   rewards          the explicit feedback r in [0, 1]; a demonstration has reward 1
   chosen, rejected the two rows of each pair, shape (P,)
-Nothing here is reduced: a loss returns one number per row (B,) or per pair (P,), and the one
-division happens in train.train_step. In the gradients below u = implicit_reward and s = sigmoid(u);
+Nothing here is reduced: a loss returns one number per row (B,) or per pair (P,), and the division
+happens in update.train_step, once. In the gradients below u = implicit_reward and s = sigmoid(u);
 every dL/dlogps is derived or listed in docs/math.md and proved in tests/. Read top to bottom: each
 loss uses only what stands above it.
 """

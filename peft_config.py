@@ -11,6 +11,7 @@ PLAIN = {  # what plain LoRA may say in adapter_config.json; any other key must 
     "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "inference_mode", "revision",
     "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "init_lora_weights",
     "layers_pattern"}
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def read(path: Path) -> dict:

@@ -7,7 +7,7 @@ Conventions, once for the file:
   rewards          what a response earns: any real number; (P, G) for G responses to P prompts
   advantages       a reward minus what was expected: no gradient, zero outside the response
   length           what a sum over tokens is divided by: a number, or one per row, (B,)
-Nothing is reduced over rows: a loss returns (B,), and the one division happens in train.train_step.
+Nothing is reduced over rows: a loss returns (B,), and the division happens in update.train_step.
 A policy gradient is unlike a loss of losses.py in this: its VALUE says nothing (REINFORCE's has
 mean 0), only its gradient does. Theorems: tests/test_policy_gradients.py. Letters: B rows, T
 tokens, P prompts, G responses to each.

@@ -36,7 +36,7 @@ def test_a_fresh_head_says_zero_in_float32_at_least(dtype):
 
 
 def test_a_head_is_silent_where_the_adapters_are_off_and_speaks_again_behind():
-    """Red: lora.py:disabled: `*heads.found(model).values()]` -> `]`
+    """Red: lora.py:disabled: `*heads.found(model).values())}` -> `)}`
     Red: heads.py:Head.forward: ` * float(self.enabled)` -> ``"""
     net = test_train.policy("reward_model")
     before = scoring.judge(net, batch("reward_model"))

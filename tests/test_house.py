@@ -24,7 +24,7 @@ FLOORS = (("strict", "durable", "deltas"), ("bounds", "weights", "command", "cha
           ("questions", "rollouts", "stops"), ("evaluate",),
           ("exam", "update", "memory"), ("anatomy",), ("train",))
 CAPS = {
-    "losses.py": 280, "policy_gradients.py": 250, "data.py": 370, "tokens.py": 300, "lora.py": 240,
+    "losses.py": 280, "policy_gradients.py": 250, "data.py": 370, "tokens.py": 300, "lora.py": 230,
     "strict.py": 120, "bounds.py": 120, "weights.py": 120, "peft_config.py": 80, "verifiers.py": 80,
     "vocabulary.py": 120, "templates.py": 130,
     "peft_folder.py": 110, "merging.py": 140, "deltas.py": 60, "architecture.py": 120,
